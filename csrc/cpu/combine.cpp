@@ -1,0 +1,59 @@
+#include "combine.h"
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "mtl_kernels/chunks.h"
+#include "parallel.h"
+
+namespace mtl::cpu {
+namespace {
+
+constexpr std::int64_t kAlignment = 1024, kMinColumns = 8192, kMaxChunks = 256;
+
+// Outputs smaller than this are likely to be read again from the cache they are written to.
+constexpr std::int64_t kPastCacheBytes = 4 << 20;
+
+// Whether out[p] is one of the rows.
+bool in_place(const RowTable& rows, std::int64_t p, std::uintptr_t out) {
+  const std::uintptr_t bytes = static_cast<std::uintptr_t>(rows.numels[p] * item_size(rows.dtypes[p]));
+  bool found = false;
+  for (int k = 0; k < rows.num_tasks; ++k) {
+    const std::uintptr_t row = rows.pointers[k * rows.num_params + p];
+    if (row == 0) continue;
+    if (row == out)
+      found = true;
+    else if (row < out + bytes && out < row + bytes)
+      throw std::invalid_argument("out overlaps row " + std::to_string(k) + " of parameter " + std::to_string(p) +
+                                  " in part; expected memory of its own, or exactly the row's");
+  }
+  return found;
+}
+
+}  // namespace
+
+void combine(const RowTable& rows, const double* weights, const std::uintptr_t* out, int threads) {
+  std::vector<char> past_cache(rows.num_params);
+  std::int64_t bytes = 0;
+  for (std::int64_t p = 0; p < rows.num_params; ++p) {
+    past_cache[p] = out[p] != 0 && !in_place(rows, p, out[p]);
+    bytes += rows.numels[p] * item_size(rows.dtypes[p]);
+  }
+  if (bytes < kPastCacheBytes) past_cache.assign(rows.num_params, 0);
+
+  const Kernels& isa = kernels();
+  const ChunkPlan plan = plan_chunks(rows, kAlignment, kMinColumns, kMaxChunks);
+  parallel_for(static_cast<std::int64_t>(plan.chunks.size()), threads, [&](std::int64_t i) {
+    const Chunk& chunk = plan.chunks[i];
+    const double* w = weights + static_cast<std::int64_t>(chunk.group) * rows.num_tasks;
+    for (std::int64_t s = chunk.first_segment; s < chunk.first_segment + chunk.num_segments; ++s) {
+      const Segment& segment = plan.segments[s];
+      const std::uintptr_t to = out[segment.param];
+      if (to != 0) isa.combine_segment(rows, segment, w, reinterpret_cast<void*>(to), past_cache[segment.param]);
+    }
+  });
+}
+
+}  // namespace mtl::cpu

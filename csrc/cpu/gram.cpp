@@ -1,0 +1,128 @@
+#include "gram.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "mtl_kernels/chunks.h"
+#include "parallel.h"
+
+namespace mtl::cpu {
+namespace {
+
+constexpr std::int64_t kAlignment = 1024, kMinColumns = 2048, kMaxChunks = 64;
+
+struct FreeAligned {
+  void operator()(double* p) const { std::free(p); }
+};
+using Scratch = std::unique_ptr<double, FreeAligned>;
+
+// One buffer a thread, kept between calls: training calls with the same K at every step.
+double* thread_scratch(std::size_t doubles) {
+  thread_local Scratch scratch;
+  thread_local std::size_t capacity = 0;
+  if (doubles > capacity) {
+    const std::size_t bytes = (doubles * sizeof(double) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    scratch.reset(static_cast<double*>(std::aligned_alloc(kCacheLine, bytes)));
+    if (scratch == nullptr) throw std::bad_alloc();
+    capacity = doubles;
+  }
+  return scratch.get();
+}
+
+// Fewer columns than this are summed in double throughout: there is little to gain, and too few sums in float for
+// their rounding errors to cancel. Few rows are bound by memory, so their kernels use double at any length.
+constexpr std::int64_t kFloatColumns = 1 << 15;
+
+// Sums in float are trusted while the mean square of every row is within these: below, products underflow; above, they
+// overflow. A row of zeros cannot be told from one that underflowed.
+constexpr double kSmallestMeanSquare = 1e-28, kLargestMeanSquare = 1e32;
+
+class Gram {
+ public:
+  Gram(const RowTable& rows, int num_groups, int threads)
+      : rows_(rows),
+        num_groups_(num_groups),
+        threads_(threads),
+        pairs_(static_cast<std::size_t>(rows.num_tasks) * (rows.num_tasks + 1) / 2),
+        plan_(plan_chunks(rows, kAlignment, kMinColumns, kMaxChunks)),
+        partials_(plan_.chunks.size() * pairs_),
+        totals_(num_groups * pairs_),
+        columns_(num_groups) {
+    for (std::int64_t p = 0; p < rows.num_params; ++p) columns_[rows.groups[p]] += rows.numels[p];
+  }
+
+  void run(double* out) {
+    std::int64_t total = 0;
+    for (std::int64_t columns : columns_) total += columns;
+    const bool in_float = total >= kFloatColumns;
+    sum(in_float);
+    if (in_float && !trusted()) sum(false);
+    write(out);
+  }
+
+ private:
+  void sum(bool in_float) {
+    const Kernels& isa = kernels();
+    const std::size_t scratch = isa.gram_scratch(rows_.num_tasks);
+    parallel_for(static_cast<std::int64_t>(plan_.chunks.size()), threads_, [&](std::int64_t i) {
+      const Chunk& chunk = plan_.chunks[i];
+      isa.gram_chunk(rows_, plan_.segments.data() + chunk.first_segment, chunk.num_segments, in_float,
+                     thread_scratch(scratch), partials_.data() + i * pairs_);
+    });
+    // In the order of the chunks, whichever thread worked on them.
+    totals_.assign(totals_.size(), 0);
+    for (std::size_t i = 0; i < plan_.chunks.size(); ++i) {
+      double* total = totals_.data() + plan_.chunks[i].group * pairs_;
+      for (std::size_t pair = 0; pair < pairs_; ++pair) total[pair] += partials_[i * pairs_ + pair];
+    }
+  }
+
+  bool trusted() const {
+    for (int group = 0; group < num_groups_; ++group) {
+      const double* total = totals_.data() + group * pairs_;
+      for (int k = 0; k < rows_.num_tasks; ++k) {
+        const double mean_square = total[k * (k + 3) / 2] / static_cast<double>(columns_[group]);
+        if (!(mean_square >= kSmallestMeanSquare && mean_square <= kLargestMeanSquare) && present(k, group))
+          return false;
+      }
+    }
+    return true;
+  }
+
+  // Whether task k reaches any parameter of the group.
+  bool present(int k, int group) const {
+    for (std::int64_t p = 0; p < rows_.num_params; ++p)
+      if (rows_.groups[p] == group && rows_.numels[p] > 0 && rows_.pointers[k * rows_.num_params + p] != 0)
+        return true;
+    return false;
+  }
+
+  void write(double* out) const {
+    const int K = rows_.num_tasks;
+    for (int group = 0; group < num_groups_; ++group) {
+      const double* total = totals_.data() + group * pairs_;
+      double* g = out + static_cast<std::int64_t>(group) * K * K;
+      for (int i = 0; i < K; ++i)
+        for (int j = 0; j <= i; ++j) g[i * K + j] = g[j * K + i] = *total++;
+    }
+  }
+
+  const RowTable& rows_;
+  const int num_groups_, threads_;
+  const std::size_t pairs_;
+  const ChunkPlan plan_;
+  std::vector<double> partials_;
+  std::vector<double> totals_;
+  std::vector<std::int64_t> columns_;
+};
+
+}  // namespace
+
+void gram(const RowTable& rows, int num_groups, double* out, int threads) {
+  Gram(rows, num_groups, threads).run(out);
+}
+
+}  // namespace mtl::cpu

@@ -1,0 +1,350 @@
+// The Gram products of one chunk of columns, on one thread.
+//
+// Few rows: all products of a vector of columns are taken in one pass over the rows, in registers.
+// More rows: columns are taken in blocks. A block of every row is copied into a buffer that stays in cache, then
+// register tiles of rows x rows run over the buffer and meanwhile ask for the memory of the next block, so that memory
+// and arithmetic work at the same time.
+//
+// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller finds that
+// this is accurate enough, in float over the columns of a block and in double from there on, at half the arithmetic.
+// Each pair of rows has one vector of sums, added up over its lanes at the end of the chunk.
+#include "kernels.h"
+#include "simd.h"
+
+namespace mtl::cpu::MTL_ISA {
+namespace {
+
+constexpr int kTile = kLanes == 8 ? 5 : 3;    // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
+constexpr int kDirect = kLanes == 8 ? 6 : 4;  // rows whose whole triangle fits the registers
+constexpr int kInPlace = 12;                  // rows of which a block stays in cache without a buffer
+constexpr int kStep = 16;                     // columns taken at a time
+constexpr std::int64_t kBlock = 64 * kLanes;  // columns of a block: at most 32 products a lane are summed in float
+constexpr std::int64_t kFirstLevelBytes = 48 << 10;
+constexpr std::int64_t kPad = 16;          // keeps equal columns of different rows out of one cache set
+constexpr std::int64_t kLookAhead = 2048;  // bytes by which the direct pass runs ahead of itself
+
+std::size_t num_pairs(int num_tasks) { return static_cast<std::size_t>(num_tasks) * (num_tasks + 1) / 2; }
+
+// Half a block where that keeps the buffer in the first-level cache and a whole one would not.
+std::int64_t block_columns(int num_tasks) {
+  const std::int64_t bytes = kBlock * static_cast<std::int64_t>(sizeof(float)) * num_tasks;
+  return bytes > kFirstLevelBytes && bytes / 2 <= kFirstLevelBytes ? kBlock / 2 : kBlock;
+}
+
+std::int64_t row_stride(int num_tasks) { return block_columns(num_tasks) + kPad; }
+
+// Vectors of the buffer's element type E.
+inline Vec load_as(const double*, const double* p) { return load(p); }
+template <class T>
+inline Vec load_as(const double*, const T* p) {
+  return load(p);
+}
+template <class T>
+inline VecF load_as(const float*, const T* p) {
+  return load_floats(p);
+}
+template <class E>
+using VecOf = decltype(load_as(static_cast<const E*>(nullptr), static_cast<const E*>(nullptr)));
+
+template <class E, class T>
+void copy(const T* from, std::int64_t n, E* to) {
+  constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
+  std::int64_t c = 0;
+  for (; c + kWidth <= n; c += kWidth) store(to + c, load_as(to, from + c));
+  for (; c < n; ++c) to[c] = static_cast<E>(load_part(from + c, 1)[0]);
+}
+
+// The memory a tile asks for while it computes: `count` streams that move on `stride` bytes a column.
+struct Prefetch {
+  const char* stream[2 * kMaxTasks];
+  int count;
+  std::int64_t stride;
+};
+
+// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a == b) only
+// j <= i. Rows of element type T, sums over the tile in E.
+template <class E, class T, int A, int B, bool kTriangle>
+void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t n, double* const* sums,
+          const Prefetch& next) {
+  constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
+  VecOf<E> acc[A][B];
+  MTL_UNROLL
+  for (int i = 0; i < A; ++i) {
+    MTL_UNROLL
+    for (int j = 0; j < B; ++j) acc[i][j] = VecOf<E>{};
+  }
+  const E* const as_sum = nullptr;
+  for (std::int64_t c = begin; c < begin + n; c += kStep) {
+    for (int s = 0; s < next.count; ++s) __builtin_prefetch(next.stream[s] + (c - begin) * next.stride, 0, 2);
+    MTL_UNROLL
+    for (int l = 0; l < kStep; l += kWidth) {
+      VecOf<E> x[A];
+      MTL_UNROLL
+      for (int i = 0; i < A; ++i) x[i] = load_as(as_sum, a[i] + c + l);
+      MTL_UNROLL
+      for (int j = 0; j < B; ++j) {
+        const VecOf<E> y = kTriangle ? x[j] : load_as(as_sum, b[j] + c + l);
+        MTL_UNROLL
+        for (int i = kTriangle ? j : 0; i < A; ++i) acc[i][j] = fma(x[i], y, acc[i][j]);
+      }
+    }
+  }
+  // Through memory, where a vector of floats is two of doubles; widening in registers makes the compiler spill more.
+  alignas(kCacheLine) E written[A][B][kWidth];
+  MTL_UNROLL
+  for (int i = 0; i < A; ++i) {
+    MTL_UNROLL
+    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) store(written[i][j], acc[i][j]);
+  }
+  for (int i = 0; i < A; ++i) {
+    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) {
+      double* sum = sums[i] + j * kLanes;
+      Vec total = load(sum);
+      for (int l = 0; l < kWidth; l += kLanes) total += load(written[i][j] + l);
+      store(sum, total);
+    }
+  }
+}
+
+template <class T>
+using TileFunction = void (*)(const T* const*, const T* const*, std::int64_t, std::int64_t, double* const*,
+                              const Prefetch&);
+
+// By the height of the tile; a tile below the diagonal is always kTile wide, because only the last one is short.
+template <class E, class T>
+constexpr TileFunction<T> kBelow[] = {nullptr,
+                                      tile<E, T, 1, kTile, false>,
+                                      tile<E, T, 2, kTile, false>,
+                                      tile<E, T, 3, kTile, false>,
+                                      tile<E, T, 4, kTile, false>,
+                                      tile<E, T, 5, kTile, false>};
+template <class E, class T>
+constexpr TileFunction<T> kDiagonal[] = {nullptr,
+                                         tile<E, T, 1, 1, true>,
+                                         tile<E, T, 2, 2, true>,
+                                         tile<E, T, 3, 3, true>,
+                                         tile<E, T, 4, 4, true>,
+                                         tile<E, T, 5, 5, true>};
+
+// Memory that the rows will need next: row k's from base[k] on, `stride` bytes a column.
+struct Ahead {
+  const char* base[kMaxTasks];
+  std::int64_t stride;
+};
+
+// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to `sums`, one
+// vector per pair of the lower triangle.
+template <class E, class T>
+void multiply(int num_tasks, const T* const* rows, std::int64_t begin, std::int64_t n, double* sums,
+              const Ahead& ahead) {
+  const int tile_rows = (num_tasks + kTile - 1) / kTile;
+  const int num_tiles = tile_rows * (tile_rows + 1) / 2;
+  const int lines = ahead.stride * kStep > static_cast<std::int64_t>(kCacheLine) ? 2 : 1;
+  double* row_sums[kTile];
+  Prefetch next;
+  next.stride = ahead.stride;
+  int t = 0;
+  for (int i0 = 0; i0 < num_tasks; i0 += kTile) {
+    const int height = num_tasks - i0 < kTile ? num_tasks - i0 : kTile;
+    for (int j0 = 0; j0 <= i0; j0 += kTile, ++t) {
+      for (int i = 0; i < height; ++i) row_sums[i] = sums + (num_pairs(i0 + i) + j0) * kLanes;
+      // The tiles share the rows among them: tile t prefetches rows t, t + num_tiles, ...
+      next.count = 0;
+      for (int k = t; ahead.stride > 0 && k < num_tasks; k += num_tiles)
+        for (int line = 0; line < lines; ++line) next.stream[next.count++] = ahead.base[k] + line * kCacheLine;
+      (j0 < i0 ? kBelow<E, T> : kDiagonal<E, T>)[height](rows + i0, rows + j0, begin, n, row_sums, next);
+    }
+  }
+}
+
+// All pairs of K rows over n columns in one pass.
+template <class T, int K>
+void direct(const T* const* rows, std::int64_t n, double* sums) {
+  Vec acc[K * (K + 1) / 2];
+  MTL_UNROLL
+  for (int i = 0; i < K * (K + 1) / 2; ++i) acc[i] = Vec{};
+  const auto add = [&acc](auto load_row) {
+    Vec x[K];
+    MTL_UNROLL
+    for (int i = 0; i < K; ++i) {
+      x[i] = load_row(i);
+      MTL_UNROLL
+      for (int j = 0; j <= i; ++j) acc[i * (i + 1) / 2 + j] = fma(x[i], x[j], acc[i * (i + 1) / 2 + j]);
+    }
+  };
+  constexpr int kPerLine = static_cast<int>(kCacheLine / sizeof(T));
+  std::int64_t c = 0;
+  for (; c + kPerLine <= n; c += kPerLine) {
+    MTL_UNROLL
+    for (int i = 0; i < K; ++i) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + c) + kLookAhead);
+    MTL_UNROLL
+    for (int l = 0; l < kPerLine; l += kLanes) add([&](int i) { return load(rows[i] + c + l); });
+  }
+  for (; c < n; c += kLanes)
+    add([&](int i) { return n - c < kLanes ? load_part(rows[i] + c, n - c) : load(rows[i] + c); });
+  MTL_UNROLL
+  for (int i = 0; i < K * (K + 1) / 2; ++i) store(sums + i * kLanes, load(sums + i * kLanes) + acc[i]);
+}
+
+template <class T>
+void direct(int num_tasks, const T* const* rows, std::int64_t n, double* sums) {
+  switch (num_tasks) {
+    case 1:
+      return direct<T, 1>(rows, n, sums);
+    case 2:
+      return direct<T, 2>(rows, n, sums);
+    case 3:
+      return direct<T, 3>(rows, n, sums);
+    case 4:
+      return direct<T, 4>(rows, n, sums);
+    case 5:
+      return direct<T, 5>(rows, n, sums);
+    default:
+      return direct<T, 6>(rows, n, sums);
+  }
+}
+
+// The state of one chunk: its sums, and the block that is being filled.
+class ChunkGram {
+ public:
+  ChunkGram(const RowTable& rows, bool in_float, double* scratch)
+      : rows_(rows), K_(rows.num_tasks), block_(block_columns(K_)), stride_(row_stride(K_)), in_float_(in_float) {
+    sums_ = scratch;
+    buffer_ = scratch + num_pairs(K_) * kLanes;
+    for (std::size_t i = 0; i < num_pairs(K_) * kLanes; ++i) sums_[i] = 0;
+  }
+
+  void add(const Segment& segment) {
+    switch (rows_.dtypes[segment.param]) {
+      case DType::kFloat32:
+        return add<float>(segment);
+      case DType::kFloat64:
+        return add<double>(segment);
+      case DType::kBFloat16:
+        return add<BFloat16>(segment);
+      case DType::kFloat16:
+        return add<Float16>(segment);
+    }
+  }
+
+  void finish(double* partial) {
+    flush();
+    for (std::size_t pair = 0; pair < num_pairs(K_); ++pair) partial[pair] = sum(load(sums_ + pair * kLanes));
+  }
+
+ private:
+  template <class T>
+  void add(const Segment& segment) {
+    const T* row[kMaxTasks];
+    bool complete = true;
+    for (int k = 0; k < K_; ++k) {
+      const T* base = reinterpret_cast<const T*>(rows_.pointers[k * rows_.num_params + segment.param]);
+      row[k] = base == nullptr ? nullptr : base + segment.begin;
+      complete = complete && base != nullptr;
+    }
+    if (K_ <= kDirect && complete && segment.length >= kBlock / 2) return direct(K_, row, segment.length, sums_);
+    if constexpr (sizeof(T) < sizeof(double)) {
+      if (in_float_ && complete && K_ <= kInPlace) return in_place<float>(row, segment.length);
+      if (in_float_) return append<float>(row, segment.length);
+    }
+    append<double>(row, segment.length);
+  }
+
+  template <class E, class T>
+  void in_place(const T* const* row, std::int64_t length) {
+    Ahead ahead;
+    std::int64_t c = 0;
+    while (c + kStep <= length) {
+      const std::int64_t left = (length - c) / kStep * kStep;
+      const std::int64_t n = left < kBlock ? left : kBlock;
+      ahead.stride = left > n ? sizeof(T) : 0;
+      for (int k = 0; k < K_; ++k) ahead.base[k] = reinterpret_cast<const char*>(row[k] + c + n);
+      multiply<E>(K_, row, c, n, sums_, ahead);
+      c += n;
+    }
+    if (c < length) {
+      const T* rest[kMaxTasks];
+      for (int k = 0; k < K_; ++k) rest[k] = row[k] + c;
+      append<E>(rest, length - c);
+    }
+  }
+
+  // Short parameters share a block; a block holds one element type.
+  template <class E, class T>
+  void append(const T* const* row, std::int64_t length) {
+    if (block_in_float_ != (sizeof(E) == sizeof(float))) flush();
+    block_in_float_ = sizeof(E) == sizeof(float);
+    E* buffer = reinterpret_cast<E*>(buffer_);
+    for (std::int64_t done = 0; done < length;) {
+      const std::int64_t n = length - done < block_ - filled_ ? length - done : block_ - filled_;
+      for (int k = 0; k < K_; ++k) {
+        E* to = buffer + k * stride_ + filled_;
+        if (row[k] != nullptr) {
+          copy(row[k] + done, n, to);
+        } else {
+          for (std::int64_t c = 0; c < n; ++c) to[c] = 0;
+        }
+      }
+      done += n;
+      filled_ += n;
+      if (filled_ == block_) {
+        Ahead ahead;
+        ahead.stride = done < length ? sizeof(T) : 0;
+        for (int k = 0; k < K_; ++k) ahead.base[k] = reinterpret_cast<const char*>(row[k] + done);
+        multiply<E>(K_, rows_of(buffer), 0, block_, sums_, ahead);
+        filled_ = 0;
+      }
+    }
+  }
+
+  template <class E>
+  void flush_as() {
+    E* buffer = reinterpret_cast<E*>(buffer_);
+    const std::int64_t padded = (filled_ + kStep - 1) / kStep * kStep;
+    for (int k = 0; k < K_; ++k)
+      for (std::int64_t c = filled_; c < padded; ++c) buffer[k * stride_ + c] = 0;
+    Ahead nothing;
+    nothing.stride = 0;
+    multiply<E>(K_, rows_of(buffer), 0, padded, sums_, nothing);
+    filled_ = 0;
+  }
+
+  void flush() {
+    if (filled_ == 0) return;
+    if (block_in_float_)
+      flush_as<float>();
+    else
+      flush_as<double>();
+  }
+
+  template <class E>
+  const E* const* rows_of(const E* buffer) {
+    for (int k = 0; k < K_; ++k) buffer_rows_[k] = buffer + k * stride_;
+    return reinterpret_cast<const E* const*>(buffer_rows_);
+  }
+
+  const void* buffer_rows_[kMaxTasks];
+  const RowTable& rows_;
+  const int K_;
+  const std::int64_t block_, stride_;
+  const bool in_float_;
+  double* sums_;
+  double* buffer_;
+  std::int64_t filled_ = 0;
+  bool block_in_float_ = false;
+};
+
+}  // namespace
+
+std::size_t gram_scratch(int num_tasks) {
+  return num_pairs(num_tasks) * kLanes + static_cast<std::size_t>(num_tasks * row_stride(num_tasks));
+}
+
+void gram_chunk(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,
+                double* scratch, double* partial) {
+  ChunkGram chunk(rows, in_float, scratch);
+  for (std::int64_t s = 0; s < num_segments; ++s) chunk.add(segments[s]);
+  chunk.finish(partial);
+}
+
+}  // namespace mtl::cpu::MTL_ISA

@@ -1,0 +1,43 @@
+// The kernels of one instruction set: what one thread does with one chunk of columns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "mtl_kernels/rows.h"
+
+namespace mtl::cpu {
+
+constexpr std::size_t kCacheLine = 64;
+
+struct Kernels {
+  const char* name;
+
+  // Doubles of scratch that gram_chunk needs for K tasks.
+  std::size_t (*gram_scratch)(int num_tasks);
+  // Writes the K (K + 1) / 2 products of the rows over the chunk's columns to `partial`, row by row of the lower
+  // triangle. `in_float` allows sums of up to 32 products in float. `scratch` is aligned to a cache line.
+  void (*gram_chunk)(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,
+                     double* scratch, double* partial);
+  // Writes sum_k weights[k] * row k over the segment's columns to out. `past_cache` stores around the caches; never
+  // where out is one of the rows.
+  void (*combine_segment)(const RowTable& rows, const Segment& segment, const double* weights, void* out,
+                          bool past_cache);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// The kernels in use: the best set this processor has, or the one named by MTL_KERNELS_ISA.
+const Kernels& kernels();
+// Switches to another set; false if it is unknown or the processor lacks it.
+bool use_isa(const char* name);
+
+}  // namespace mtl::cpu

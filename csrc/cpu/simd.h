@@ -1,0 +1,210 @@
+// A vector of doubles, a vector of floats, and their conversions from and to the four row dtypes.
+//
+// Every file that includes this is compiled once per instruction set, with MTL_ISA naming the set; everything in here
+// lives in a namespace of that name, so that the linker can never pick another set's copy of an inline function.
+// For the same reason these files use nothing from the C++ library but plain types.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define MTL_UNROLL _Pragma("unroll")
+#else
+#define MTL_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace mtl::cpu::MTL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 8;
+#elif defined(__AVX2__)
+constexpr int kLanes = 4;
+#else
+constexpr int kLanes = 2;
+#endif
+
+using Vec = double __attribute__((vector_size(kLanes * sizeof(double))));
+using VecF = float __attribute__((vector_size(kLanes * sizeof(double))));
+// The same at any address.
+typedef double LooseVec __attribute__((vector_size(kLanes * sizeof(double)), aligned(8), may_alias));
+typedef float LooseVecF __attribute__((vector_size(kLanes * sizeof(double)), aligned(4), may_alias));
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Vec broadcast(double x) { return Vec{} + x; }
+
+// a * b + c, contracted to one fused operation where the instruction set has it (-ffp-contract=fast).
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline VecF fma(VecF a, VecF b, VecF c) { return a * b + c; }
+
+inline double sum(Vec v) {
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+inline Vec load(const double* p) { return *reinterpret_cast<const LooseVec*>(p); }
+inline void store(double* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+inline VecF load_floats(const float* p) { return *reinterpret_cast<const LooseVecF*>(p); }
+inline void store(float* p, VecF v) { *reinterpret_cast<LooseVecF*>(p) = v; }
+
+#if defined(__AVX512F__)
+
+inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline Vec load(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+}
+inline Vec load(const Float16* p) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline VecF load_floats(const BFloat16* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline VecF load_floats(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+inline void store(Float16* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(_mm512_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
+}
+// Past the caches; p must be aligned to the size of what is written.
+inline void stream(double* p, Vec v) { _mm512_stream_pd(p, v); }
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, _mm512_cvtpd_ps(v)); }
+inline void stream_fence() { _mm_sfence(); }
+
+#elif defined(__AVX2__)
+
+inline Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline Vec load(const BFloat16* p) {
+  const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
+}
+inline Vec load(const Float16* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline VecF load_floats(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline VecF load_floats(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+inline void store(Float16* p, Vec v) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(_mm256_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
+}
+inline void stream(double* p, Vec v) { _mm256_stream_pd(p, v); }
+inline void stream(float* p, Vec v) { _mm_stream_ps(p, _mm256_cvtpd_ps(v)); }
+inline void stream_fence() { _mm_sfence(); }
+
+#else
+
+// IEEE half to single: shift the fields into place and let a multiplication by 2^112 rebias the exponent; it is exact
+// for subnormals too. Infinities and NaNs have to be widened by hand.
+inline float half_to_float(std::uint16_t h) {
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(h & 0x7fffu) << 13;
+  float x = bit_cast<float>(magnitude) * 0x1p112f;
+  if (magnitude >= 0x0f800000u) x = bit_cast<float>(magnitude | 0x7f800000u);
+  return bit_cast<float>(bit_cast<std::uint32_t>(x) | (static_cast<std::uint32_t>(h & 0x8000u) << 16));
+}
+
+// Single to IEEE half, to nearest even.
+inline std::uint16_t float_to_half(float value) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 a half is a multiple of 2^-24: adding 1/2 aligns that with the last bit of the sum.
+    const float aligned = bit_cast<float>(magnitude) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (bit_cast<std::uint32_t>(aligned) - 0x3f000000u));
+  }
+  const std::uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
+  return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+inline float to_float(Float16 x) { return half_to_float(x.bits); }
+
+template <class T>
+inline Vec load(const T* p) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+template <class T>
+inline VecF load_floats(const T* p) {
+  VecF v;
+  for (int i = 0; i < 2 * kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+}
+inline void store(float* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<float>(v[i]);
+}
+inline void store(Float16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(static_cast<float>(v[i]));
+}
+inline void stream(double* p, Vec v) { store(p, v); }
+inline void stream(float* p, Vec v) { store(p, v); }
+inline void stream_fence() {}
+
+#endif
+
+inline std::uint16_t float_to_bfloat16(float value) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void store(BFloat16* p, Vec v) {
+#if defined(__AVX512BW__)
+  const __m256 x = _mm512_cvtpd_ps(v);
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi32_epi16(_mm256_srli_epi32(rounded, 16)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_bfloat16(static_cast<float>(v[i]));
+#endif
+}
+inline void stream(BFloat16* p, Vec v) { store(p, v); }
+inline void stream(Float16* p, Vec v) { store(p, v); }
+
+// The first n < kLanes elements, the other lanes zero.
+template <class T>
+inline Vec load_part(const T* p, std::int64_t n) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load(padded);
+}
+template <class T>
+inline void store_part(T* p, Vec v, std::int64_t n) {
+  T padded[kLanes];
+  store(padded, v);
+  __builtin_memcpy(p, padded, static_cast<std::size_t>(n) * sizeof(T));
+}
+
+}  // namespace mtl::cpu::MTL_ISA

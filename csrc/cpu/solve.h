@@ -1,0 +1,18 @@
+#pragma once
+
+// Runs a solver of solvers/all.h, by name, over a batch of problems.
+
+#include <cstdint>
+#include <string>
+
+namespace mtl::cpu {
+
+// gram [batch, K, K], weights [batch, K], certificate [batch, 2], all contiguous. `active` and `inputs` may
+// be null; their stride between problems is 0 (shared) or K. Throws std::invalid_argument on an unknown name
+// or a K out of range.
+void solve(const std::string& name, std::int64_t batch, int num_tasks, const double* gram,
+           const unsigned char* active, std::int64_t active_stride, const std::int64_t* rng,
+           const double* options, const double* inputs, std::int64_t inputs_stride, double* weights,
+           double* certificate, int threads);
+
+}  // namespace mtl::cpu

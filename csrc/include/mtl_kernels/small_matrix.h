@@ -1,0 +1,94 @@
+#pragma once
+
+// Team-parallel linear algebra on matrices of at most kMaxTasks rows.
+
+#include <cstddef>
+
+#include "mtl_kernels/solver.h"
+
+namespace mtl {
+
+// The power of two that brings `x` (finite, >= 0) into [1/2, 1): multiplying by it is exact. 1 for x = 0.
+MTL_HD double power_of_two_scale(double x) {
+  int exponent = 0;
+  if (x > 0.0) frexp(x, &exponent);
+  return ldexp(1.0, exponent < -1022 ? 1022 : -exponent);
+}
+
+template <class Team>
+MTL_HD double max_active_diagonal(const Team& team, const Problem& p) {
+  double negated = 0.0;
+  for (int i = team.rank(); i < p.num_tasks; i += team.size()) {
+    if (p.is_active(i) && -p.row(i)[i] < negated) negated = -p.row(i)[i];
+  }
+  return -team.min(negated);
+}
+
+// out_j = scale * sum over active l of G_lj w_l, for every active j. Reads G by rows of l so that ranks read
+// side by side.
+template <class Team>
+MTL_HD void gram_times(const Team& team, const Problem& p, const double* w, double scale, double* out) {
+  for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
+    double total = 0.0;
+    if (p.is_active(j)) {
+      for (int l = 0; l < p.num_tasks; ++l) {
+        if (w[l] != 0.0) total += scale * p.row(l)[j] * w[l];
+      }
+    }
+    out[j] = total;
+  }
+  team.sync();
+}
+
+// Upper-triangular factor U of a growing symmetric matrix M = U'U, stored by packed rows: appending solves
+// with contiguous updates, and the storage is half of K*K.
+struct PackedCholesky {
+  double* data;
+  int capacity;
+
+  MTL_HD static constexpr std::size_t doubles(int capacity) {
+    return static_cast<std::size_t>(capacity) * (static_cast<std::size_t>(capacity) + 1) / 2;
+  }
+  // at(k)[i] is U_ki, i >= k.
+  MTL_HD double* at(int k) const {
+    return data + static_cast<std::ptrdiff_t>(k) * (2 * capacity - k - 1) / 2;
+  }
+
+  // Appends row/column n. On entry column[0..n) holds M_0n.., on return U_0n..; `diagonal` is M_nn. Returns
+  // the pivot U_nn^2 as computed; what is stored is at least `floor`, so that numerically dependent rows
+  // cannot divide by zero.
+  template <class Team>
+  MTL_HD double append(const Team& team, int n, double* column, double diagonal, double floor) const {
+    for (int k = 0; k < n; ++k) {
+      const double* row = at(k);
+      const double u = column[k] / row[k];
+      team.sync();
+      for (int i = k + 1 + team.rank(); i < n; i += team.size()) column[i] -= row[i] * u;
+      if (team.rank() == 0) column[k] = u;
+      team.sync();
+    }
+    double squares = 0.0;
+    for (int k = team.rank(); k < n; k += team.size()) {
+      at(k)[n] = column[k];
+      squares += column[k] * column[k];
+    }
+    const double pivot = diagonal - team.sum(squares);
+    if (team.rank() == 0) at(n)[n] = sqrt(pivot > floor ? pivot : floor);
+    team.sync();
+    return pivot;
+  }
+
+  // x <- U^-1 x over the leading n x n block.
+  template <class Team>
+  MTL_HD void back_substitute(const Team& team, int n, double* x) const {
+    for (int k = n - 1; k >= 0; --k) {
+      const double xk = x[k] / at(k)[k];
+      team.sync();
+      for (int i = team.rank(); i < k; i += team.size()) x[i] -= at(i)[k] * xk;
+      if (team.rank() == 0) x[k] = xk;
+      team.sync();
+    }
+  }
+};
+
+}  // namespace mtl

@@ -1,0 +1,40 @@
+#pragma once
+
+// The workers that solve one small problem together. Solvers are templates over a Team, so the same lines run
+// serially on a CPU and, with a warp or block team, on a GPU. Every rank calls every collective, in the same
+// order; a collective is a barrier as well.
+
+#include <math.h>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define MTL_HD __host__ __device__ inline
+#else
+#define MTL_HD inline
+#endif
+
+namespace mtl {
+
+struct IndexedValue {
+  double value;
+  int index;  // -1 when no rank offered one
+};
+
+// (value, index) of the smaller value; the lower index on a tie, so that the result does not depend on the
+// team's size.
+MTL_HD IndexedValue lesser(IndexedValue a, IndexedValue b) {
+  if (b.index < 0) return a;
+  if (a.index < 0) return b;
+  return b.value < a.value || (b.value == a.value && b.index < a.index) ? b : a;
+}
+
+struct SerialTeam {
+  MTL_HD int rank() const { return 0; }
+  MTL_HD int size() const { return 1; }
+  MTL_HD void sync() const {}
+  MTL_HD double sum(double x) const { return x; }
+  MTL_HD double min(double x) const { return x; }
+  MTL_HD IndexedValue argmin(double value, int index) const { return {value, index}; }
+  MTL_HD bool any(bool x) const { return x; }
+};
+
+}  // namespace mtl
