@@ -1,0 +1,29 @@
+"""Kernels that combine the per-task gradients of multi-task training.
+
+``gram`` reads the rows once, a ``*_weights`` function turns the Gram matrix into one weight per task, ``combine`` reads
+the rows once more and writes d = J^T w.
+"""
+
+from . import reference
+from .config import show_config
+from .dispatch import available_backends, use_backend
+from .ops import combine, cosines, gram, norms
+from .rng import rng_state
+from .rows import MAX_TASKS, RowTable
+from .solvers import *  # noqa: F403
+from .solvers import __all__ as _solvers
+
+__all__ = [
+    "MAX_TASKS",
+    "RowTable",
+    "available_backends",
+    "combine",
+    "cosines",
+    "gram",
+    "norms",
+    "reference",
+    "rng_state",
+    "show_config",
+    "use_backend",
+    *_solvers,
+]

@@ -1,0 +1,102 @@
+"""The compiled CPU backend: hands addresses to the extension module `mtl_kernels._cpu`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import RowTable
+
+_cpu: Any = None
+_reason: str | None = None
+try:
+    from .. import _cpu  # type: ignore[attr-defined, no-redef]
+except ModuleNotFoundError:
+    _reason = (
+        "the extension module mtl_kernels._cpu was not built; install a C++17 compiler (g++ 9 or clang++ 9 or newer) "
+        "and reinstall mtl-kernels"
+    )
+except ImportError as error:
+    _reason = f"the extension module mtl_kernels._cpu does not load ({error}); reinstall mtl-kernels"
+
+
+_FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+class CpuBackend:
+    """SIMD kernels chosen at run time for this processor, on as many threads as torch uses."""
+
+    name = "cpu"
+
+    def missing(self) -> str | None:
+        return _reason
+
+    def runs_on(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
+        _cpu.gram(
+            table.pointers,
+            table.numels,
+            table.codes,
+            groups,
+            table.num_tasks,
+            out.shape[0],
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def combine_into(
+        self, table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
+    ) -> None:
+        _cpu.combine(
+            table.pointers,
+            table.numels,
+            table.codes,
+            groups,
+            table.num_tasks,
+            weights.data_ptr(),
+            [0 if tensor is None else tensor.data_ptr() for tensor in out],
+            torch.get_num_threads(),
+        )
+
+    def solve(
+        self,
+        solver: str,
+        gram: Tensor,
+        active: Tensor | None,
+        rng: Tensor | None,
+        options: Sequence[float],
+        inputs: Tensor | None,
+        certified: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = gram.shape
+        num_tasks = shape[-1]
+        batch = 1 if len(shape) == 2 else math.prod(shape[:-2])
+        weights = torch.empty(shape[:-1], **_FLOAT64)
+        certificate = torch.empty((*shape[:-2], 2), **_FLOAT64) if certified else None
+        _cpu.solve(
+            solver,
+            batch,
+            num_tasks,
+            gram.data_ptr(),
+            0 if active is None else active.data_ptr(),
+            0 if active is None or active.dim() == 1 else num_tasks,
+            0 if rng is None else rng.data_ptr(),
+            options,
+            0 if inputs is None else inputs.data_ptr(),
+            0 if inputs is None or inputs.dim() == 1 else num_tasks,
+            weights.data_ptr(),
+            0 if certificate is None else certificate.data_ptr(),
+            1 if batch == 1 else torch.get_num_threads(),
+        )
+        return weights, certificate
+
+
+def instruction_set() -> str | None:
+    """The SIMD instruction set the kernels run with on this processor, None if they were not built."""
+    return None if _cpu is None else _cpu.instruction_set()

@@ -1,0 +1,99 @@
+"""The pure PyTorch backend: any device, nothing compiled; the fallback, and the oracle of the compiled kernels.
+
+Products are taken in float64 over blocks of columns, so that no float64 copy of a whole row is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..rows import RowTable
+
+BLOCK = 1 << 16
+"""Columns converted to float64 at a time."""
+
+
+def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
+    """Adds J_s J_s^T of each group s of parameters to ``out[s]``, float64 ``[S, K, K]``."""
+    for p, like in enumerate(table.like):
+        if like is None:
+            continue
+        tasks = [k for k in range(table.num_tasks) if table.entries[k][p] is not None]
+        flat = [_flat(table.entries[k][p]) for k in tasks]
+        index = torch.tensor(tasks, device=table.device) if len(tasks) < table.num_tasks else None
+        for begin in range(0, like.numel(), BLOCK):
+            block = torch.stack([row[begin : begin + BLOCK].double() for row in flat])
+            product = block @ block.T
+            if index is None:
+                out[groups[p]] += product
+            else:
+                out[groups[p]].index_put_((index[:, None], index[None, :]), product, accumulate=True)
+    lower = out.tril(-1)
+    out.copy_(out.tril() + lower.mT)
+
+
+def combine_into(
+    table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
+) -> None:
+    """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]`` for every parameter that a task reaches."""
+    for p, target in enumerate(out):
+        if target is None:
+            continue
+        column = [
+            (weights[groups[p], k], _flat(row[p]))
+            for k, row in enumerate(table.entries)
+            if row[p] is not None
+        ]
+        flat = _flat(target)
+        for begin in range(0, flat.numel(), BLOCK):
+            end = begin + BLOCK
+            flat[begin:end] = sum(weight * row[begin:end].double() for weight, row in column)  # type: ignore[assignment]
+
+
+def _flat(tensor: Tensor | None) -> Tensor:
+    """The elements in the order of memory, without a copy; tensors of a `RowTable` fill their memory."""
+    if tensor is None:
+        raise ValueError("a parameter that no task reaches has no elements")
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def solve(
+    solver: str,
+    gram: Tensor,
+    active: Tensor | None,
+    rng: Tensor | None,
+    options: Sequence[float],
+    inputs: Tensor | None,
+    certified: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the PyTorch form of a solver on ``gram`` float64 ``[..., K, K]``, flattened to one batch dimension."""
+    from ..solvers import REFERENCE
+
+    lead, num_tasks = gram.shape[:-2], gram.shape[-1]
+    if active is None:
+        active = torch.ones((), dtype=torch.bool, device=gram.device)
+    active = active.expand(*lead, num_tasks).reshape(-1, num_tasks)
+    if inputs is not None:
+        inputs = inputs.expand(*lead, num_tasks).reshape(-1, num_tasks)
+    weights, certificate = REFERENCE[solver](
+        gram.reshape(-1, num_tasks, num_tasks), active, rng, tuple(options), inputs
+    )
+    return weights.reshape(*lead, num_tasks), certificate.reshape(*lead, 2)
+
+
+class ReferenceBackend:
+    """The functions of this file behind the interface of a backend."""
+
+    name = "reference"
+    gram_into = staticmethod(gram_into)
+    combine_into = staticmethod(combine_into)
+    solve = staticmethod(solve)
+
+    def missing(self) -> str | None:
+        return None
+
+    def runs_on(self, device: torch.device) -> bool:
+        return True

@@ -1,0 +1,38 @@
+"""What this installation can do, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import dispatch
+from .backends import cpu
+
+
+def version() -> str:
+    """The version of the installed distribution."""
+    return metadata.version("mtl-kernels")
+
+
+def config() -> dict[str, str]:
+    """The facts of `show_config`, by name."""
+    facts = {
+        "mtl-kernels": version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "instruction set": cpu.instruction_set() or "none (no compiled CPU backend)",
+        "threads": str(torch.get_num_threads()),
+    }
+    for name, reason in dispatch.available_backends().items():
+        facts[f"backend {name}"] = "available" if reason is None else f"not available: {reason}"
+    return facts
+
+
+def show_config() -> str:
+    """Versions, instruction set, threads, and for every backend whether it can be used or why it cannot."""
+    facts = config()
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())

@@ -1,0 +1,86 @@
+"""Which backend runs an operation: the argument, else `use_backend`, else MTL_KERNELS_BACKEND, else the best there is.
+
+An explicit request that cannot be met raises; only the automatic choice falls back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+from .backends import BACKENDS, Backend
+
+ENVIRONMENT_VARIABLE = "MTL_KERNELS_BACKEND"
+
+_forced: ContextVar[str | None] = ContextVar("mtl_kernels_backend", default=None)
+_resolved: dict[tuple[str, str], Backend] = {}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with ``None`` if it can be used and otherwise the reason why it cannot."""
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
+
+
+def check_name(name: str) -> str:
+    """Raise ValueError unless ``name`` is a backend or "auto"."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(['auto', *BACKENDS])}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the operations of a ``with`` block on one backend ("auto" lifts an outer choice).
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend is known but not available; the text says what is missing.
+    """
+    if check_name(name) != "auto" and (reason := BACKENDS[name].missing()) is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def requested(backend: str | None) -> str:
+    """The name asked for by argument, context or environment, in this order; "auto" when nobody asked."""
+    if backend is None:
+        backend = _forced.get()
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    return backend
+
+
+def resolve(device: torch.device, backend: str | None) -> Backend:
+    """The backend that runs an operation on tensors of ``device``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a backend asked for by name that is not available, or does not run on the device.
+    """
+    name = requested(backend)
+    found = _resolved.get((device.type, name))
+    if found is None:
+        found = _resolved[device.type, name] = _choose(device, name)
+    return found
+
+
+def _choose(device: torch.device, name: str) -> Backend:
+    if check_name(name) == "auto":
+        return next(b for b in BACKENDS.values() if b.missing() is None and b.runs_on(device))
+    backend = BACKENDS[name]
+    if (reason := backend.missing()) is not None:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if not backend.runs_on(device):
+        raise RuntimeError(
+            f"backend {name!r} does not run on {device.type} tensors; move them, or choose another backend "
+            "(reference runs everywhere)"
+        )
+    return backend

@@ -1,0 +1,435 @@
+"""The operations: public functions, their `torch.library` schemas and their fakes.
+
+Eager calls on plain tensors go straight to the backend. Under torch.compile, dispatch modes, functorch transforms and
+for tensor subclasses the same call goes through a registered operator, opaque to the compiler. Outputs never require
+grad: the combination of gradients is not itself differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .rows import Row, RowTable, check_num_tasks
+
+_PLAIN_ROW_TYPES = {Tensor, type(None)}
+
+
+def gram(
+    rows: Tensor | Sequence[Row] | RowTable,
+    *,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The Gram matrix of the rows, G_ij = <g_i, g_j>.
+
+    Args:
+        rows: a tensor ``[K, N]``, K sequences of P tensors or ``None``, or a `RowTable` of them.
+        groups: length P, the group of each parameter: one Gram matrix per group instead of one over all parameters.
+        backend: a backend's name; default see `mtl_kernels.use_backend`.
+
+    Returns:
+        float64 ``[K, K]``, or ``[S, K, K]`` with ``groups`` (S = highest group + 1), symmetric to the bit. A ``None``
+        entry counts as zero. Products of float32, bfloat16 and float16 elements are exact; their sum is float64.
+
+    Raises:
+        TypeError, ValueError: rows that do not fit together (see `RowTable`), or groups that do not fit the rows.
+        RuntimeError: the backend asked for is not available.
+    """
+    if _direct(rows):
+        return _gram(_as_table(rows), groups, backend)
+    flat, num_tasks = _flatten(rows)
+    found: Tensor = torch.ops.mtl_kernels.gram(flat, num_tasks, _int_list(groups), backend)
+    return found
+
+
+def norms(gram: Tensor) -> Tensor:
+    """The length of every row, n_k = sqrt(G_kk): ``[..., K]`` from ``[..., K, K]``."""
+    _check_gram(gram)
+    return gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+
+
+def cosines(gram: Tensor) -> Tensor:
+    """The cosine of every pair of rows, G_ij / (n_i n_j), in [-1, 1]: ``[..., K, K]``.
+
+    A zero row has cosine 0 with every row, itself included; the diagonal of any other row is exactly 1.
+    """
+    length = norms(gram)
+    unit = torch.where(length > 0, length.reciprocal(), torch.zeros_like(length))
+    scaled = (gram * unit.unsqueeze(-1) * unit.unsqueeze(-2)).clamp(-1, 1)
+    one = torch.where(length == 0, torch.zeros_like(length), length / length)
+    return torch.where(
+        torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device),
+        one.unsqueeze(-1).expand_as(scaled),
+        scaled,
+    )
+
+
+def combine(
+    rows: Tensor | Sequence[Row] | RowTable,
+    weights: Tensor,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor | list[Tensor | None]:
+    """The weighted sum of the rows, d = J^T w, summed in float64 and rounded once to the dtype of the rows.
+
+    Args:
+        rows: as for `gram`.
+        weights: ``[K]``, or ``[S, K]`` with ``groups``; any floating dtype, on the device of the rows.
+        out: where to write, shaped like one row (a tensor ``[N]`` for dense rows, else P tensors, ``None`` where no
+            task reaches the parameter). It may be any one of the rows itself, but may not overlap one in part.
+        groups: as for `gram`: parameter p takes the weights of group ``groups[p]``.
+        backend: as for `gram`.
+
+    Returns:
+        ``out`` or new tensors of the rows' dtype: ``[N]`` for dense rows, else a list of P tensors with ``None``
+        where no task reaches the parameter.
+
+    Raises:
+        TypeError, ValueError: rows, weights, groups or ``out`` that do not fit together.
+        RuntimeError: the backend asked for is not available.
+    """
+    if _direct(rows) and (type(weights) is Tensor or not isinstance(weights, Tensor)):
+        return _combine(_as_table(rows), weights, out, groups, backend)
+    flat, num_tasks = _flatten(rows)
+    dense = isinstance(rows, Tensor) or (isinstance(rows, RowTable) and rows.dense)
+    if out is not None:
+        targets: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
+        present = [target for target in targets if target is not None]
+        torch.ops.mtl_kernels.combine_out(flat, weights, num_tasks, _int_list(groups), present, backend)
+        return out if isinstance(out, Tensor) else targets
+    combined: list[Tensor] = torch.ops.mtl_kernels.combine(flat, weights, num_tasks, _int_list(groups), backend)
+    if dense:
+        return combined[0]
+    num_params = len(flat) // num_tasks
+    reached = [any(flat[k * num_params + p] is not None for k in range(num_tasks)) for p in range(num_params)]
+    given = iter(combined)
+    return [next(given) if reached[p] else None for p in range(num_params)]
+
+
+def solve(
+    solver: str,
+    gram: Tensor,
+    *,
+    options: Sequence[float] = (),
+    active: Tensor | None = None,
+    rng: Tensor | None = None,
+    inputs: Tensor | None = None,
+    certified: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Runs one solver over a batch of Gram matrices; the functions of `mtl_kernels.solvers` are its users.
+
+    Args:
+        solver: a name of `mtl_kernels.solvers.REFERENCE`.
+        gram: ``[..., K, K]`` symmetric, floating point; used in float64.
+        options: the solver's hyper-parameters, in its own order.
+        active: bool ``[K]`` or ``[..., K]``; tasks that are False get weight 0 and take no part.
+        rng: int64 ``[2]``, seed and step, see `mtl_kernels.rng_state`.
+        inputs: per-task extra inputs ``[K]`` or ``[..., K]``.
+        certified: whether the certificate is wanted.
+        backend: as for `gram`.
+
+    Returns:
+        weights float64 ``[..., K]`` and certificate float64 ``[..., 2]`` (gap or residual, iterations),
+        which may be None where it is not wanted.
+    """
+    if _direct(gram):
+        return _solve(solver, gram, options, active, rng, inputs, certified, backend)
+    weights, certificate = torch.ops.mtl_kernels.solve(solver, gram, list(options), active, rng, inputs, backend)
+    return weights, certificate
+
+
+def _direct(rows: object) -> bool:
+    """Whether a call may go straight to the backend: eager, no mode that wants to see it, no tensor subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    if isinstance(rows, Tensor):
+        return type(rows) is Tensor
+    if isinstance(rows, RowTable):
+        return True
+    if not isinstance(rows, Sequence):
+        return True
+    return all(
+        type(tensor) in _PLAIN_ROW_TYPES or not isinstance(tensor, Tensor)
+        for row in rows
+        if isinstance(row, Sequence)
+        for tensor in row
+    )
+
+
+def _as_table(rows: Tensor | Sequence[Row] | RowTable) -> RowTable:
+    return rows if isinstance(rows, RowTable) else RowTable(rows)
+
+
+def _flatten(rows: Tensor | Sequence[Row] | RowTable) -> tuple[list[Tensor | None], int]:
+    """Rows as the operators take them: K * P entries and K."""
+    if isinstance(rows, RowTable):
+        rows = rows.entries
+    elif isinstance(rows, Tensor):
+        if rows.dim() != 2:
+            raise ValueError(
+                f"expected rows of shape [K, N], found {list(rows.shape)}: flatten each gradient"
+            )
+        check_num_tasks(rows.shape[0])
+        rows = [[row] for row in rows.unbind(0)]
+    check_num_tasks(len(rows))
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(
+            "every row needs one entry per parameter; use None for one that a task does not reach"
+        )
+    return [tensor for row in rows for tensor in row], len(rows)
+
+
+def _unflatten(flat: Sequence[Tensor | None], num_tasks: int) -> RowTable:
+    num_params = len(flat) // num_tasks
+    return RowTable([flat[k * num_params : (k + 1) * num_params] for k in range(num_tasks)])
+
+
+def _int_list(groups: Sequence[int] | None) -> list[int] | None:
+    return None if groups is None else list(groups)
+
+
+def _check_groups(groups: Sequence[int] | None, num_params: int) -> tuple[list[int], int]:
+    """The group of every parameter, and S."""
+    if groups is None:
+        return [0] * num_params, 1
+    if len(groups) != num_params:
+        raise ValueError(f"groups has {len(groups)} entries for {num_params} parameters; expected one each")
+    if any(group < 0 for group in groups):
+        raise ValueError(f"groups has the entry {min(groups)}; expected numbers from 0")
+    return list(groups), max(groups, default=0) + 1
+
+
+def _check_gram(gram: Tensor) -> None:
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}")
+    shape = gram.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise ValueError(f"expected a Gram matrix of shape [..., K, K], found {list(shape)}: pass gram(rows)")
+    check_num_tasks(shape[-1])
+    if not gram.is_floating_point():
+        raise TypeError(f"expected a Gram matrix of floating dtype, found {gram.dtype}: pass gram(rows)")
+
+
+def _gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
+    group_list, num_groups = _check_groups(groups, table.num_params)
+    out = torch.zeros(
+        (num_groups, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device
+    )
+    dispatch.resolve(table.device, backend).gram_into(table, group_list, out)
+    return out[0] if groups is None else out
+
+
+def _check_weights(
+    table: RowTable, weights: Tensor, groups: Sequence[int] | None
+) -> tuple[Tensor, list[int]]:
+    """Weights as contiguous float64 ``[S, K]``, and the group of every parameter."""
+    group_list, num_groups = _check_groups(groups, table.num_params)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"expected weights as a tensor, found {type(weights).__name__}")
+    if not weights.is_floating_point():
+        raise TypeError(f"expected weights of floating dtype, found {weights.dtype}")
+    expected = [table.num_tasks] if groups is None else [num_groups, table.num_tasks]
+    if list(weights.shape) != expected:
+        raise ValueError(
+            f"expected weights of shape {expected}, found {list(weights.shape)}: one weight per row"
+        )
+    if weights.device != table.device:
+        raise ValueError(
+            f"weights are on {weights.device}, the rows on {table.device}; move them to one device"
+        )
+    return weights.detach().to(torch.float64).reshape(-1, table.num_tasks).contiguous(), group_list
+
+
+def _check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+    targets: list[Tensor | None]
+    if table.dense:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"expected out as a tensor [N] for dense rows, found {type(out).__name__}")
+        targets = [out]
+    else:
+        if isinstance(out, Tensor) or not isinstance(out, Sequence):
+            raise TypeError(
+                f"expected out as a sequence of {table.num_params} tensors, found {type(out).__name__}"
+            )
+        targets = list(out)
+    if len(targets) != table.num_params:
+        raise ValueError(
+            f"out has {len(targets)} tensors for {table.num_params} parameters; expected one each"
+        )
+    for p, (like, target) in enumerate(zip(table.like, targets, strict=True)):
+        if like is None and target is None:
+            continue
+        if like is None or target is None:
+            raise ValueError(
+                f"out[{p}] is {'missing' if target is None else 'given'} where "
+                f"{'a' if target is None else 'no'} task reaches the parameter"
+            )
+        if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
+            raise ValueError(
+                f"out[{p}] is {list(target.shape)} {target.dtype} on {target.device}; expected {list(like.shape)} "
+                f"{like.dtype} on {like.device}, as in the rows"
+            )
+    return targets
+
+
+def _combine(
+    table: RowTable,
+    weights: Tensor,
+    out: Tensor | Sequence[Tensor | None] | None,
+    groups: Sequence[int] | None,
+    backend: str | None,
+) -> Tensor | list[Tensor | None]:
+    weights, group_list = _check_weights(table, weights, groups)
+    if out is None:
+        targets = [None if like is None else torch.empty_like(like) for like in table.like]
+        written = targets
+    else:
+        targets = _check_out(table, out)
+        written = [
+            target
+            if target is None or like is None or target.stride() == like.stride()
+            else torch.empty_like(like)
+            for target, like in zip(targets, table.like, strict=True)
+        ]
+    dispatch.resolve(table.device, backend).combine_into(table, weights, group_list, written)
+    if written is not targets:
+        for target, result in zip(targets, written, strict=True):
+            if target is not None and result is not None and target is not result:
+                target.detach().copy_(result)
+    if table.dense:
+        return out if isinstance(out, Tensor) else targets[0]  # type: ignore[return-value]
+    return targets
+
+
+def _solve(
+    solver: str,
+    gram: Tensor,
+    options: Sequence[float],
+    active: Tensor | None,
+    rng: Tensor | None,
+    inputs: Tensor | None,
+    certified: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    _check_gram(gram)
+    if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():
+        gram = gram.detach().to(torch.float64).contiguous()
+    if active is not None:
+        active = _per_task(active, gram, "active", torch.bool)
+    if inputs is not None:
+        inputs = _per_task(inputs, gram, "inputs", torch.float64)
+    return dispatch.resolve(gram.device, backend).solve(solver, gram, active, rng, options, inputs, certified)
+
+
+def _per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A per-task argument as contiguous ``[K]`` or ``[..., K]``, checked against the Gram matrix."""
+    if not isinstance(values, Tensor) or (values.dtype is torch.bool) != (dtype is torch.bool):
+        found = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"expected {name} as a tensor of {dtype}, found {found}")
+    if values.device != gram.device:
+        raise ValueError(f"{name} is on {values.device}, the Gram matrix on {gram.device}; move it")
+    num_tasks = gram.shape[-1]
+    if values.shape == gram.shape[:-1] or values.shape == (num_tasks,):
+        return values.detach().to(dtype).contiguous()
+    raise ValueError(
+        f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}"
+    )
+
+
+_library = torch.library.Library("mtl_kernels", "DEF")
+_library.define("gram(Tensor?[] rows, int num_tasks, int[]? groups, str? backend) -> Tensor")
+_library.define(
+    "combine(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, str? backend) -> Tensor[]"
+)
+_library.define(
+    "combine_out(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, Tensor(a!)[] out, str? backend) -> ()"
+)
+_library.define(
+    "solve(str solver, Tensor gram, float[] options, Tensor? active, Tensor? rng, Tensor? inputs, str? backend)"
+    " -> (Tensor, Tensor)"
+)
+
+
+def _gram_op(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+    return _gram(_unflatten(rows, num_tasks), groups, backend)
+
+
+def _combine_op(rows, weights, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+    found = _combine(_unflatten(rows, num_tasks), weights, None, groups, backend)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _spread(table: RowTable, out: Sequence[Tensor]) -> list[Tensor | None]:
+    """``out`` holds the reached parameters only: put each at its place among all of them."""
+    reached = sum(like is not None for like in table.like)
+    if len(out) != reached:
+        raise ValueError(f"out has {len(out)} tensors for {reached} parameters that a task reaches")
+    given = iter(out)
+    return [None if like is None else next(given) for like in table.like]
+
+
+def _combine_out_op(rows, weights, num_tasks, groups, out, backend):  # type: ignore[no-untyped-def]
+    table = _unflatten(rows, num_tasks)
+    _combine(table, weights, _spread(table, out), groups, backend)
+
+
+def _solve_op(solver, gram, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
+    return _solve(solver, gram, options, active, rng, inputs, True, backend)
+
+
+def _gram_fake(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+    table = _unflatten(rows, num_tasks)
+    _, num_groups = _check_groups(groups, table.num_params)
+    shape = (num_tasks, num_tasks) if groups is None else (num_groups, num_tasks, num_tasks)
+    return torch.empty(shape, dtype=torch.float64, device=table.device)
+
+
+def _combine_fake(rows, weights, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+    table = _unflatten(rows, num_tasks)
+    _check_weights(table, weights, groups)
+    return [torch.empty_like(like) for like in table.like if like is not None]
+
+
+def _combine_out_fake(rows, weights, num_tasks, groups, out, backend):  # type: ignore[no-untyped-def]
+    table = _unflatten(rows, num_tasks)
+    _check_weights(table, weights, groups)
+    _check_out(table, _spread(table, out))
+
+
+def _solve_fake(solver, gram, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
+    _check_gram(gram)
+    return gram.new_empty(gram.shape[:-1], dtype=torch.float64), gram.new_empty(
+        (*gram.shape[:-2], 2), dtype=torch.float64
+    )
+
+
+def _below_autograd(op):  # type: ignore[no-untyped-def]
+    """The operator without a derivative: its outputs never require grad."""
+
+    def run(*args):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
+
+
+for _name, _impl, _fake in (
+    ("gram", _gram_op, _gram_fake),
+    ("combine", _combine_op, _combine_fake),
+    ("combine_out", _combine_out_op, _combine_out_fake),
+    ("solve", _solve_op, _solve_fake),
+):
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    _library.impl(_name, _below_autograd(getattr(torch.ops.mtl_kernels, _name).default), "Autograd")
+    torch.library.register_fake(f"mtl_kernels::{_name}", _fake, lib=_library)

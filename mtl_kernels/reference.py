@@ -1,0 +1,24 @@
+"""Every operation in pure PyTorch, on any device and dtype: `mtl_kernels`' functions bound to the reference backend.
+
+``reference.gram(rows)`` is ``gram(rows, backend="reference")``, and so on for `combine` and every solver function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from . import ops, solvers
+from .ops import cosines, norms
+
+__all__ = ["combine", "cosines", "gram", "norms", *solvers.__all__]
+
+gram = functools.partial(ops.gram, backend="reference")
+combine = functools.partial(ops.combine, backend="reference")
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name in solvers.__all__:
+        return functools.partial(getattr(solvers, name), backend="reference")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

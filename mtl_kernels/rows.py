@@ -1,0 +1,224 @@
+"""The K x P table of per-task gradients that every kernel walks.
+
+A row is the gradient of one task: one tensor per shared parameter, ``None`` where the task does not reach the
+parameter. A dense ``[K, N]`` tensor is the case P = 1. Rows are never copied into one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_TASKS = 128
+"""The most tasks any kernel takes."""
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Row dtypes, and the numbers the compiled kernels know them by."""
+
+Row = Sequence[Tensor | None]
+Rows = "Tensor | Sequence[Row] | RowTable"
+
+
+def check_num_tasks(num_tasks: int) -> None:
+    """Raise unless 1 <= K <= MAX_TASKS."""
+    if not 1 <= num_tasks <= MAX_TASKS:
+        raise ValueError(
+            f"expected 1 to {MAX_TASKS} tasks, found {num_tasks}; "
+            + (
+                "pass at least one row"
+                if num_tasks < 1
+                else "combine the tasks in groups, or sum some of the losses"
+            )
+        )
+
+
+def _check_dtype(tensor: Tensor, where: str) -> None:
+    if tensor.dtype not in DTYPE_CODES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
+        raise TypeError(
+            f"{where} has dtype {tensor.dtype}; expected one of {names}: convert it with .to(dtype)"
+        )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in any order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class RowTable:
+    """K rows over P parameters, validated once and read by `gram` and `combine` alike.
+
+    Args:
+        rows: a tensor ``[K, N]`` (any row stride), or K sequences of P tensors or ``None``; the tensors of one
+            parameter share shape and dtype, all tensors share the device. Dtypes: float32, float64, bfloat16, float16.
+
+    A parameter whose tensors are laid out alike and fill their memory (contiguous, channels-last, ...) is read in
+    place. Only tensors for which that does not hold (expanded, sliced, of differing layouts) are made contiguous.
+
+    Attributes:
+        num_tasks: K. num_params: P. device: of every tensor.
+        entries: K lists of P tensors or ``None``; for a dense table each row is ``[J[k]]``.
+        dense: whether the rows were given as one tensor.
+
+    Raises:
+        TypeError: a row of another type, or of a dtype that is not supported.
+        ValueError: no rows, too many, or rows whose lengths, shapes, dtypes or devices differ.
+    """
+
+    __slots__ = (
+        "num_tasks",
+        "num_params",
+        "device",
+        "entries",
+        "dense",
+        "like",
+        "_pointers",
+        "_numels",
+        "_codes",
+    )
+
+    num_tasks: int
+    num_params: int
+    device: torch.device
+    entries: list[list[Tensor | None]]
+    dense: bool
+    like: list[Tensor | None]
+    """Per parameter, the first task's tensor that is there: the model of its output."""
+
+    def __init__(self, rows: Tensor | Sequence[Row]) -> None:
+        self._pointers: list[int] | None = None
+        self._numels: list[int] | None = None
+        self._codes: list[int] | None = None
+        self.dense = isinstance(rows, Tensor)
+        if isinstance(rows, Tensor):
+            self._init_dense(rows)
+        else:
+            self._init_lists(rows)
+
+    def _init_dense(self, matrix: Tensor) -> None:
+        if matrix.dim() != 2:
+            raise ValueError(
+                f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient"
+            )
+        if matrix.layout is not torch.strided:
+            raise TypeError(f"expected a strided tensor, found layout {matrix.layout}: call .to_dense()")
+        check_num_tasks(matrix.shape[0])
+        _check_dtype(matrix, "the row matrix")
+        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            matrix = matrix.contiguous()
+        self.num_tasks, self.num_params = matrix.shape[0], 1
+        self.device = matrix.device
+        self.entries = [[row] for row in matrix.detach().resolve_neg().unbind(0)]
+        self.like = [self.entries[0][0]]
+
+    def _init_lists(self, rows: Sequence[Row]) -> None:
+        if not isinstance(rows, Sequence):
+            raise TypeError(
+                f"expected a tensor [K, N] or K sequences of tensors, found {type(rows).__name__}"
+            )
+        check_num_tasks(len(rows))
+        for k, row in enumerate(rows):
+            if not isinstance(row, Sequence):
+                raise TypeError(
+                    f"row {k} is a {type(row).__name__}; expected a sequence with one tensor (or None) per parameter, "
+                    "or one tensor [K, N] for all rows"
+                )
+            if len(row) != len(rows[0]):
+                raise ValueError(
+                    f"row {k} has {len(row)} parameters where row 0 has {len(rows[0])}; use None for "
+                    "a parameter that a task does not reach"
+                )
+        self.num_tasks, self.num_params = len(rows), len(rows[0])
+        columns = [self._column([row[p] for row in rows], p) for p in range(self.num_params)]
+        self.entries = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
+        self.like = [next((t for t in column if t is not None), None) for column in columns]
+        first = next((tensor for tensor in self.like if tensor is not None), None)
+        self.device = first.device if first is not None else torch.device("cpu")
+        for p, tensor in enumerate(self.like):
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(
+                    f"parameter {p} is on {tensor.device}, others on {self.device}; move all rows to one "
+                    "device, or combine each device's parameters on their own"
+                )
+
+    @staticmethod
+    def _column(column: list[Tensor | None], p: int) -> list[Tensor | None]:
+        """The K entries of parameter p, checked and laid out alike."""
+        like: Tensor | None = None
+        for k, tensor in enumerate(column):
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"row {k}, parameter {p} is a {type(tensor).__name__}; expected a tensor or None"
+                )
+            if tensor.layout is not torch.strided:
+                raise TypeError(
+                    f"row {k}, parameter {p} has layout {tensor.layout}; expected a dense tensor: call .to_dense()"
+                )
+            if tensor.requires_grad:
+                tensor = column[k] = tensor.detach()
+            if tensor.is_neg():
+                tensor = column[k] = tensor.resolve_neg()
+            if like is None:
+                _check_dtype(tensor, f"row {k}, parameter {p}")
+                if not _is_dense(tensor):
+                    tensor = column[k] = tensor.contiguous()
+                like, shape, dtype, device = tensor, tensor.shape, tensor.dtype, tensor.device
+                stride = tensor.stride()
+                continue
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"parameter {p} has shape {list(tensor.shape)} in row {k} and {list(shape)} in an earlier row; "
+                    "every task's gradient has the shape of the parameter"
+                )
+            if tensor.dtype is not dtype:
+                raise TypeError(
+                    f"parameter {p} has dtype {tensor.dtype} in row {k} and {dtype} in an earlier row; dtypes may "
+                    "differ between parameters, not between tasks"
+                )
+            if tensor.device != device:
+                raise ValueError(
+                    f"parameter {p} is on {tensor.device} in row {k} and on {device} in an earlier row; move all rows "
+                    "to one device"
+                )
+            if tensor.stride() != stride:
+                column[k] = torch.empty_like(like).copy_(tensor)
+        return column
+
+    @property
+    def reached(self) -> list[list[bool]]:
+        """[K][P]: whether task k has a gradient for parameter p."""
+        return [[tensor is not None for tensor in row] for row in self.entries]
+
+    @property
+    def pointers(self) -> list[int]:
+        """[K * P] addresses, 0 for None."""
+        if self._pointers is None:
+            self._pointers = [0 if t is None else t.data_ptr() for row in self.entries for t in row]
+        return self._pointers
+
+    @property
+    def numels(self) -> list[int]:
+        """[P] elements of each parameter, 0 where no task reaches it."""
+        if self._numels is None:
+            self._numels = [0 if t is None else t.numel() for t in self.like]
+        return self._numels
+
+    @property
+    def codes(self) -> list[int]:
+        """[P] dtype numbers of each parameter."""
+        if self._codes is None:
+            self._codes = [0 if t is None else DTYPE_CODES[t.dtype] for t in self.like]
+        return self._codes

@@ -1,0 +1,472 @@
+// Standalone checks of the solver headers; tests/native/test_solvers_native.py compiles this with the address
+// and undefined behaviour sanitizers and runs it. By hand, from the repository root:
+//   g++ -std=c++17 -O1 -g -fsanitize=address,undefined -Icsrc/include tests/native/solvers_test.cpp -o /tmp/t
+//   && /tmp/t
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <limits>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "mtl_kernels/solvers/all.h"
+
+namespace {
+
+using Matrix = std::vector<std::vector<double>>;
+
+struct Result {
+  std::vector<double> weights;
+  double gap;
+  int iterations;
+};
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
+  } while (0)
+
+std::vector<double> gram_of(const Matrix& rows) {
+  const std::size_t k = rows.size();
+  std::vector<double> gram(k * k);
+  for (std::size_t i = 0; i < k; ++i) {
+    for (std::size_t j = 0; j <= i; ++j) {
+      long double total = 0;
+      for (std::size_t n = 0; n < rows[i].size(); ++n)
+        total += static_cast<long double>(rows[i][n]) * rows[j][n];
+      gram[i * k + j] = gram[j * k + i] = static_cast<double>(total);
+    }
+  }
+  return gram;
+}
+
+// A team of threads: what the team-style code of a solver means, before there is a GPU to run it.
+class ThreadTeam {
+ public:
+  struct Shared {
+    explicit Shared(int size) : slots(static_cast<std::size_t>(size)) {}
+    std::mutex mutex;
+    std::condition_variable arrived;
+    int waiting = 0;
+    int generation = 0;
+    std::vector<mtl::IndexedValue> slots;
+  };
+
+  ThreadTeam(int rank, int size, Shared* shared) : rank_(rank), size_(size), shared_(shared) {}
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+
+  void sync() const {
+    std::unique_lock<std::mutex> lock(shared_->mutex);
+    const int generation = shared_->generation;
+    if (++shared_->waiting == size_) {
+      shared_->waiting = 0;
+      ++shared_->generation;
+      shared_->arrived.notify_all();
+    } else {
+      shared_->arrived.wait(lock, [&] { return shared_->generation != generation; });
+    }
+  }
+
+  double sum(double x) const {
+    double total = 0;
+    for (const mtl::IndexedValue& slot : exchange({x, rank_})) total += slot.value;
+    return total;
+  }
+  double min(double x) const {
+    double least = x;
+    for (const mtl::IndexedValue& slot : exchange({x, rank_})) least = std::min(least, slot.value);
+    return least;
+  }
+  mtl::IndexedValue argmin(double value, int index) const {
+    mtl::IndexedValue least{0.0, -1};
+    for (const mtl::IndexedValue& slot : exchange({value, index})) least = mtl::lesser(least, slot);
+    return least;
+  }
+  bool any(bool x) const { return sum(x) > 0; }
+
+ private:
+  std::vector<mtl::IndexedValue> exchange(mtl::IndexedValue mine) const {
+    shared_->slots[static_cast<std::size_t>(rank_)] = mine;
+    sync();
+    std::vector<mtl::IndexedValue> all = shared_->slots;
+    sync();
+    return all;
+  }
+
+  int rank_, size_;
+  Shared* shared_;
+};
+
+// Scratch of exactly the declared size, so that the address sanitizer sees one double too many.
+template <class Solver>
+Result solve(const std::vector<double>& gram, const std::vector<double>& options,
+             const std::vector<unsigned char>& active = {}, const std::int64_t* rng = nullptr,
+             std::int64_t index = 0, int threads = 1) {
+  const int k = static_cast<int>(std::lround(std::sqrt(static_cast<double>(gram.size()))));
+  std::vector<double> scratch(Solver::scratch_doubles(k), std::numeric_limits<double>::quiet_NaN());
+  std::vector<double> certificate(2);
+  Result result{std::vector<double>(static_cast<std::size_t>(k), -1.0), 0.0, 0};
+  mtl::Problem p{};
+  p.num_tasks = k;
+  p.gram = gram.data();
+  p.active = active.empty() ? nullptr : active.data();
+  p.rng = rng;
+  p.index = index;
+  p.options = options.data();
+  p.weights = result.weights.data();
+  p.certificate = certificate.data();
+  p.scratch = scratch.data();
+  if (threads == 1) {
+    Solver::solve(mtl::SerialTeam{}, p);
+  } else {
+    ThreadTeam::Shared shared(threads);
+    std::vector<std::thread> team;
+    for (int rank = 0; rank < threads; ++rank) {
+      team.emplace_back([&, rank] { Solver::solve(ThreadTeam(rank, threads, &shared), p); });
+    }
+    for (std::thread& thread : team) thread.join();
+  }
+  result.gap = certificate[0];
+  result.iterations = static_cast<int>(certificate[1]);
+  return result;
+}
+
+Result min_norm(const std::vector<double>& gram) { return solve<mtl::MinNorm>(gram, {0.0, 0.0, 0.0}); }
+
+// ||J'w||^2 from the rows themselves, so that a cancellation in G cannot hide.
+long double objective(const Matrix& rows, const std::vector<double>& w) {
+  long double total = 0;
+  for (std::size_t n = 0; n < rows[0].size(); ++n) {
+    long double d = 0;
+    for (std::size_t k = 0; k < rows.size(); ++k) d += static_cast<long double>(w[k]) * rows[k][n];
+    total += d * d;
+  }
+  return total;
+}
+
+long double longest(const Matrix& rows, const std::vector<double>& w) {
+  long double total = 0;
+  for (std::size_t k = 0; k < rows.size(); ++k) {
+    long double squares = 0;
+    for (double x : rows[k]) squares += static_cast<long double>(x) * x;
+    total += w[k] * std::sqrt(squares);
+  }
+  return total;
+}
+
+// The least of w'Gw + 1e-13 (sum of w_k n_k)^2, the second term being what the rounding of G hides, by trying
+// every support: the affine minimiser of each through Gaussian elimination in long double.
+long double brute_force(const Matrix& rows) {
+  const std::size_t k = rows.size();
+  long double best = std::numeric_limits<long double>::infinity();
+  for (unsigned mask = 1; mask < (1u << k); ++mask) {
+    std::vector<std::size_t> s;
+    for (std::size_t i = 0; i < k; ++i) {
+      if (mask >> i & 1u) s.push_back(i);
+    }
+    const std::size_t m = s.size();
+    std::vector<long double> norm(m);
+    for (std::size_t i = 0; i < m; ++i) {
+      long double squares = 0;
+      for (double x : rows[s[i]]) squares += static_cast<long double>(x) * x;
+      norm[i] = std::sqrt(squares);
+      if (norm[i] == 0) return 0;
+    }
+    long double least = norm[0];
+    for (long double x : norm) least = std::min(least, x);
+    std::vector<std::vector<long double>> a(m, std::vector<long double>(m + 1));
+    for (std::size_t i = 0; i < m; ++i) {
+      for (std::size_t j = 0; j < m; ++j) {
+        long double dot = 0;
+        for (std::size_t n = 0; n < rows[0].size(); ++n) {
+          dot += (rows[s[i]][n] / norm[i]) * (rows[s[j]][n] / norm[j]);
+        }
+        a[i][j] = dot + (least / norm[i]) * (least / norm[j]);
+      }
+      a[i][m] = least / norm[i];
+    }
+    bool singular = false;
+    for (std::size_t c = 0; c < m && !singular; ++c) {
+      std::size_t pivot = c;
+      for (std::size_t r = c; r < m; ++r) {
+        if (std::fabs(a[r][c]) > std::fabs(a[pivot][c])) pivot = r;
+      }
+      std::swap(a[c], a[pivot]);
+      if (std::fabs(a[c][c]) < 1e-18L) singular = true;
+      for (std::size_t r = 0; r < m && !singular; ++r) {
+        if (r == c) continue;
+        const long double f = a[r][c] / a[c][c];
+        for (std::size_t q = c; q <= m; ++q) a[r][q] -= f * a[c][q];
+      }
+    }
+    if (singular) continue;
+    std::vector<double> w(k, 0.0);
+    long double total = 0;
+    bool inside = true;
+    for (std::size_t i = 0; i < m; ++i) {
+      const long double u = a[i][m] / a[i][i] / norm[i];
+      inside = inside && u >= 0;
+      total += u;
+    }
+    if (!inside) continue;
+    for (std::size_t i = 0; i < m; ++i) w[s[i]] = static_cast<double>(a[i][m] / a[i][i] / norm[i] / total);
+    const long double unit = longest(rows, w);
+    best = std::min(best, objective(rows, w) + 1e-13L * unit * unit);
+  }
+  return best;
+}
+
+// Random rows of a chosen rank; then, by kind: plain, near-parallel, with copies, anti-parallel, norms spread
+// widely, a grid, a grid with norms spread widely.
+Matrix random_rows(std::mt19937& engine, std::size_t k, std::size_t n, int kind) {
+  std::normal_distribution<double> normal;
+  std::uniform_int_distribution<std::size_t> pick(0, k - 1);
+  std::uniform_int_distribution<int> small(-2, 2);
+  std::uniform_real_distribution<double> exponent(-15, 15);
+  Matrix rows(k, std::vector<double>(n));
+  const std::vector<double> common = [&] {
+    std::vector<double> v(n);
+    for (double& x : v) x = normal(engine);
+    return v;
+  }();
+  for (std::vector<double>& row : rows) {
+    for (std::size_t c = 0; c < n; ++c) {
+      row[c] = kind >= 5 ? small(engine) : kind == 1 ? common[c] + 1e-5 * normal(engine) : normal(engine);
+    }
+  }
+  if (kind == 2) rows[pick(engine)] = rows[pick(engine)];
+  if (kind == 3) {
+    const std::size_t from = pick(engine);
+    const std::size_t to = pick(engine);
+    if (from != to) {
+      for (std::size_t c = 0; c < n; ++c) rows[to][c] = -rows[from][c];
+    }
+  }
+  if (kind == 4 || kind == 6) {
+    for (std::vector<double>& row : rows) {
+      const double scale = kind == 4 ? std::pow(10.0, exponent(engine))
+                                     : std::ldexp(1.0, static_cast<int>(3 * exponent(engine)));
+      for (double& x : row) x *= scale;
+    }
+  }
+  return rows;
+}
+
+void test_philox() {
+  const mtl::Philox4 zero = mtl::philox4x32_10({{0, 0, 0, 0}}, 0, 0);
+  CHECK(zero.word[0] == 0x6627e8d5u && zero.word[1] == 0xe169c58du && zero.word[2] == 0xbc57ac4cu &&
+            zero.word[3] == 0x9b00dbd8u,
+        "first word %08x", zero.word[0]);
+  const mtl::Philox4 pi =
+      mtl::philox4x32_10({{0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u}}, 0xa4093822u, 0x299f31d0u);
+  CHECK(pi.word[0] == 0xd16cfe09u && pi.word[1] == 0x94fdccebu && pi.word[2] == 0x5001e420u &&
+            pi.word[3] == 0x24126ea1u,
+        "first word %08x", pi.word[0]);
+}
+
+void test_min_norm_against_brute_force() {
+  std::mt19937 engine(7);
+  int worst_iterations = 0;
+  for (int trial = 0; trial < 30000; ++trial) {
+    const std::size_t k = 1 + engine() % 5;
+    const std::size_t n = 1 + engine() % 6;
+    const int kind = static_cast<int>(engine() % 7);
+    const Matrix rows = random_rows(engine, k, n, kind);
+    const Result found = min_norm(gram_of(rows));
+    double total = 0;
+    for (double w : found.weights) {
+      CHECK(w >= 0, "trial %d kind %d weight %g", trial, kind, w);
+      total += w;
+    }
+    CHECK(std::fabs(total - 1) < 1e-14, "trial %d kind %d: weights sum to %.17g", trial, kind, total);
+    const long double value = objective(rows, found.weights);
+    const long double optimum = brute_force(rows);
+    const long double unit = longest(rows, found.weights);
+    CHECK(value <= optimum * (1 + 1e-9L) + 1e-13L * unit * unit,
+          "trial %d kind %d K %zu N %zu: %Lg, optimum %Lg, rounding unit %Lg", trial, kind, k, n, value,
+          optimum, unit * unit);
+    worst_iterations = std::max(worst_iterations, found.iterations);
+  }
+  CHECK(worst_iterations <= 20, "%d iterations", worst_iterations);
+}
+
+void test_min_norm_large() {
+  std::mt19937 engine(11);
+  for (int trial = 0; trial < 200; ++trial) {
+    const std::size_t k = 6 + engine() % 123;
+    const std::size_t n = 1 + engine() % (2 * k);
+    const int kind = static_cast<int>(engine() % 7);
+    const Matrix rows = random_rows(engine, k, n, kind);
+    const std::vector<double> gram = gram_of(rows);
+    const Result found = min_norm(gram);
+    // The certificate against its definition, and small against the rounding of each product.
+    const long double unit = longest(rows, found.weights);
+    double largest = 0;
+    for (std::size_t i = 0; i < k; ++i) largest = std::max(largest, std::sqrt(gram[i * k + i]));
+    const double bound = 1e-12 * static_cast<double>(unit * (unit + largest));
+    CHECK(found.gap <= bound, "trial %d kind %d K %zu N %zu: gap %g, bound %g, %d iterations", trial, kind, k,
+          n, found.gap, bound, found.iterations);
+    CHECK(found.iterations < static_cast<int>(4 * k), "trial %d kind %d K %zu: %d iterations", trial, kind, k,
+          found.iterations);
+  }
+}
+
+void test_min_norm_degenerate() {
+  const double big = 1e300;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const double inf = std::numeric_limits<double>::infinity();
+  Result r = min_norm({4.0});
+  CHECK(r.weights[0] == 1 && r.gap == 0, "K = 1");
+  r = min_norm({1, 0, 0, 0, 0, 0, 0, 0, 4});
+  CHECK(r.weights[1] == 1 && r.gap == 0, "a zero row");
+  r = min_norm({1, -1, -1, 1});
+  CHECK(r.weights[0] == 0.5 && r.weights[1] == 0.5 && r.gap == 0, "anti-parallel: %g", r.weights[0]);
+  r = min_norm({1, 0, 0, 0, 1e18, -1e18, 0, -1e18, 1e18});
+  CHECK(std::fabs(r.weights[1] - 0.5) < 1e-15 && r.weights[0] == 0, "long anti-parallel rows: %g %g",
+        r.weights[0], r.weights[1]);
+  r = min_norm({big, -big, -big, big});
+  CHECK(r.weights[0] == 0.5, "large: %g", r.weights[0]);
+  r = min_norm({5e-324, 0, 0, 5e-324});
+  CHECK(std::fabs(r.weights[0] - 0.5) < 1e-12, "subnormal: %g", r.weights[0]);
+  r = min_norm({1, nan, nan, 1});
+  CHECK(r.weights[0] == 0.5 && r.weights[1] == 0.5 && std::isnan(r.gap) && r.iterations == 0, "nan");
+  r = min_norm({inf, 0, 0, 1});
+  CHECK(r.weights[0] == 0.5 && std::isnan(r.gap), "inf");
+  r = solve<mtl::MinNorm>({nan, nan, nan, 1}, {0, 0, 0}, {0, 1});
+  CHECK(r.weights[0] == 0 && r.weights[1] == 1 && r.gap == 0, "nan in an inactive row");
+  r = solve<mtl::MinNorm>({1, 0, 0, 1}, {0, 0, 0}, {0, 0});
+  CHECK(r.weights[0] == 0 && r.weights[1] == 0 && r.gap == 0, "no active task");
+  r = min_norm({1, 2, 2, 1});
+  CHECK(r.weights[0] + r.weights[1] == 1, "an indefinite matrix");
+  r = min_norm({-1, 0, 0, 1});
+  CHECK(r.weights[0] == 1, "a negative diagonal");
+}
+
+void test_frank_wolfe() {
+  std::mt19937 engine(5);
+  for (int trial = 0; trial < 300; ++trial) {
+    const std::size_t k = 2 + engine() % 20;
+    const Matrix rows = random_rows(engine, k, 2 * k, 0);
+    const std::vector<double> gram = gram_of(rows);
+    const Result found = solve<mtl::MinNorm>(gram, {1.0, 5000.0, 1e-2});
+    double largest = 0;
+    for (std::size_t i = 0; i < k; ++i) largest = std::max(largest, gram[i * k + i]);
+    CHECK(found.gap <= 1e-2 * largest * (1 + 1e-9), "trial %d: gap %g", trial, found.gap);
+    const auto optimum = objective(rows, min_norm(gram).weights);
+    CHECK(objective(rows, found.weights) - optimum <= 2 * found.gap * (1 + 1e-9) + 1e-12,
+          "trial %d: twice the gap is no bound", trial);
+  }
+}
+
+// PCGrad by its definition, on vectors.
+std::vector<double> pcgrad_direction(const Matrix& rows, const std::vector<std::vector<int>>& order) {
+  std::vector<double> d(rows[0].size(), 0.0);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    std::vector<double> g = rows[i];
+    for (int j : order[i]) {
+      const std::vector<double>& other = rows[static_cast<std::size_t>(j)];
+      double dot = 0;
+      double squares = 0;
+      for (std::size_t n = 0; n < g.size(); ++n) {
+        dot += g[n] * other[n];
+        squares += other[n] * other[n];
+      }
+      if (!(dot < 0 && squares > 0)) continue;
+      for (std::size_t n = 0; n < g.size(); ++n) g[n] -= dot / squares * other[n];
+    }
+    for (std::size_t n = 0; n < g.size(); ++n) d[n] += g[n];
+  }
+  return d;
+}
+
+void test_pcgrad() {
+  std::mt19937 engine(3);
+  for (int trial = 0; trial < 2000; ++trial) {
+    const std::size_t k = 1 + engine() % 12;
+    const std::size_t n = k + engine() % 8;
+    const Matrix rows = random_rows(engine, k, n, 0);
+    const std::int64_t rng[2] = {static_cast<std::int64_t>(engine()) * 77777777,
+                                 static_cast<std::int64_t>(engine())};
+    const std::int64_t index = engine() % 5;
+    const Result found = solve<mtl::Pcgrad>(gram_of(rows), {1.0, 0.0}, {}, rng, index);
+    std::vector<std::vector<int>> order(k);
+    for (std::size_t i = 0; i < k; ++i) {
+      std::vector<std::pair<std::uint32_t, int>> keys;
+      for (std::size_t j = 0; j < k; ++j) {
+        const mtl::Philox4 words = mtl::philox_at(rng, static_cast<std::uint32_t>(index),
+                                                  static_cast<std::uint32_t>(i * 32 + j / 4));
+        if (j != i)
+          keys.push_back({(words.word[j % 4] & ~127u) | static_cast<std::uint32_t>(j), static_cast<int>(j)});
+      }
+      for (std::size_t a = 0; a < keys.size(); ++a) {
+        for (std::size_t b = a + 1; b < keys.size(); ++b) {
+          if (keys[b].first < keys[a].first) std::swap(keys[a], keys[b]);
+        }
+      }
+      for (const auto& key : keys) order[i].push_back(key.second);
+    }
+    const std::vector<double> expected = pcgrad_direction(rows, order);
+    for (std::size_t c = 0; c < n; ++c) {
+      double d = 0;
+      for (std::size_t i = 0; i < k; ++i) d += found.weights[i] * rows[i][c];
+      CHECK(std::fabs(d - expected[c]) < 1e-9, "trial %d K %zu: %g, expected %g", trial, k, d, expected[c]);
+    }
+  }
+  std::vector<double> big(128 * 128);
+  for (std::size_t i = 0; i < 128; ++i) {
+    for (std::size_t j = 0; j < 128; ++j) big[i * 128 + j] = i == j ? 1.0 : -0.005;
+  }
+  const std::int64_t rng[2] = {1, 2};
+  const Result found = solve<mtl::Pcgrad>(big, {1.0, 1.0}, {}, rng);
+  CHECK(128 * found.weights[0] > 1.0 && 128 * found.weights[127] > 1.0, "K = 128: %g", found.weights[0]);
+}
+
+void test_teams() {
+  std::mt19937 engine(13);
+  for (int trial = 0; trial < 60; ++trial) {
+    const std::size_t k = 1 + engine() % 9;
+    const Matrix rows = random_rows(engine, k, 2 * k, static_cast<int>(engine() % 4));
+    const std::vector<double> gram = gram_of(rows);
+    std::vector<unsigned char> active(k, 1);
+    if (trial % 3 == 0) active[engine() % k] = 0;
+    const std::int64_t rng[2] = {trial, 1};
+    const int threads = 2 + trial % 4;
+    const Result serial = solve<mtl::Pcgrad>(gram, {1, 1}, active, rng);
+    const Result team = solve<mtl::Pcgrad>(gram, {1, 1}, active, rng, 0, threads);
+    for (std::size_t i = 0; i < k; ++i) {
+      CHECK(serial.weights[i] == team.weights[i], "trial %d: %d threads", trial, threads);
+    }
+    for (double published : {0.0, 1.0}) {
+      const Result alone = solve<mtl::MinNorm>(gram, {published, 20, 0}, active);
+      const Result together = solve<mtl::MinNorm>(gram, {published, 20, 0}, active, nullptr, 0, threads);
+      const long double difference = objective(rows, alone.weights) - objective(rows, together.weights);
+      CHECK(std::fabs(difference) < 1e-12L, "trial %d: %d threads: %Lg", trial, threads, difference);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_philox();
+  test_min_norm_against_brute_force();
+  test_min_norm_large();
+  test_min_norm_degenerate();
+  test_frank_wolfe();
+  test_pcgrad();
+  test_teams();
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
