@@ -1,0 +1,134 @@
+"""From the rows of a step to the gradient of every parameter: which are shared, one solve, one combine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import mtl_kernels
+from mtl_kernels import RowTable
+
+from .capture import Row
+from .methods.base import Method
+from .report import Report
+
+_MASKS_KEPT = 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Combined:
+    """The outcome of one step.
+
+    Attributes:
+        grads: the gradient of every managed parameter, None where no task reaches it.
+        owner: per parameter, the only task (index) that reaches it; None where several or none do.
+        report: see `Report`.
+    """
+
+    grads: Row
+    owner: list[int | None]
+    report: Report
+
+
+class Combiner:
+    """Combines rows with a method; see `MultiTaskOptimizer` for the options."""
+
+    def __init__(self, method: Method, head_scaling: str, granularity: str) -> None:
+        self.method = method
+        self.head_scaling = head_scaling
+        self.granularity = granularity
+        self._masks: dict[tuple[tuple[bool, ...], ...], tuple[torch.device, Tensor]] = {}
+
+    def __call__(
+        self, tasks: tuple[str, ...], rows: Sequence[Row], group_of: Sequence[int], losses: Tensor | None
+    ) -> Combined:
+        """Combines K rows over P parameters, writing into the rows.
+
+        Args:
+            rows: one per task, all None for an absent task.
+            group_of: the param group of every parameter.
+            losses: ``[K]`` for methods that need them.
+        """
+        reached_by = [[k for k, row in enumerate(rows) if row[p] is not None] for p in range(len(group_of))]
+        owner = [task[0] if len(task) == 1 else None for task in reached_by]
+        shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
+        grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
+        if not shared:
+            return Combined(grads, owner, self._nothing_shared(tasks, rows))
+        groups, problems = self._problems(shared, group_of)
+        pattern = _pattern(shared, groups, reached_by, len(tasks))
+        table = RowTable([[row[p] for p in shared] for row in rows])
+        kernel_groups = None if self.granularity == "model" else groups
+        gram = mtl_kernels.gram(table, groups=kernel_groups)
+        mask = self._mask(pattern, gram.device)
+        active = mask[0] if self.granularity == "model" else mask
+        everyone = all(map(all, pattern))
+        solution = self.method.solve(gram, losses=losses, active=None if everyone else active)
+        combined = mtl_kernels.combine(table, solution.weights, out=table.like, groups=kernel_groups)
+        for p, grad in zip(shared, combined, strict=True):
+            grads[p] = grad
+        if self.head_scaling == "weights":
+            problem_of = (
+                {problem: s for s, problem in enumerate(problems)} if self.granularity == "group" else {}
+            )
+            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], solution.weights, active)
+        report = Report(tasks, gram, solution.weights, active, solution.gap, solution.iterations, problems)
+        return Combined(grads, owner, report)
+
+    def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
+        """The problem of each shared parameter, and what the problems stand for."""
+        if self.granularity == "model":
+            return [0] * len(shared), ()
+        if self.granularity == "parameter":
+            return list(range(len(shared))), tuple(shared)
+        problems = sorted({group_of[p] for p in shared})
+        index = {group: s for s, group in enumerate(problems)}
+        return [index[group_of[p]] for p in shared], tuple(problems)
+
+    def _nothing_shared(self, tasks: tuple[str, ...], rows: Sequence[Row]) -> Report:
+        present = tuple(any(grad is not None for grad in row) for row in rows)
+        device = next((grad.device for row in rows for grad in row if grad is not None), torch.device("cpu"))
+        active = self._mask((present,), device)[0]
+        gram = torch.zeros((len(tasks), len(tasks)), dtype=torch.float64, device=device)
+        return Report(tasks, gram, active.double(), active)
+
+    def _mask(self, pattern: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
+        """``pattern`` on the device, copied there once: a copy at every step would make the host wait."""
+        found = self._masks.get(pattern)
+        if found is None or found[0] != device:
+            if len(self._masks) >= _MASKS_KEPT:
+                self._masks.clear()
+            found = self._masks[pattern] = (device, torch.tensor(pattern, dtype=torch.bool, device=device))
+        return found[1]
+
+
+def _pattern(
+    shared: Sequence[int], groups: Sequence[int], reached_by: Sequence[Sequence[int]], num_tasks: int
+) -> tuple[tuple[bool, ...], ...]:
+    """[S][K]: whether a task reaches any shared parameter of a problem."""
+    pattern = [[False] * num_tasks for _ in range(max(groups) + 1)]
+    for p, s in zip(shared, groups, strict=True):
+        for k in reached_by[p]:
+            pattern[s][k] = True
+    return tuple(map(tuple, pattern))
+
+
+def _scale_heads(
+    grads: Row, owner: Sequence[int | None], problem_of: Sequence[int | None], weights: Tensor, active: Tensor
+) -> None:
+    """Multiplies every single-task gradient by a weight of its task.
+
+    That is the weight in the problem the parameter belongs to, if the task takes part there; else the mean
+    of the task's weights over the problems in which it does; else 1.
+    """
+    weights, active = weights.reshape(-1, weights.shape[-1]), active.reshape(-1, weights.shape[-1])
+    count = active.sum(0)
+    mean = torch.where(count > 0, torch.where(active, weights, 0.0).sum(0) / count.clamp(min=1), 1.0)
+    own = torch.where(active, weights, mean)
+    for p, k in enumerate(owner):
+        grad, problem = grads[p], problem_of[p]
+        if k is not None and grad is not None:
+            grad.mul_(mean[k] if problem is None else own[problem, k])

@@ -1,0 +1,1 @@
+"""The demo: images of two handwritten digits, three tasks, one network, several combination methods."""

@@ -1,0 +1,151 @@
+"""One training run through `MultiTaskOptimizer`, timed in its three parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mtl_kernels import cosines
+from mtl_optim import Method, MultiTaskOptimizer
+
+from .data import TASKS, Pairs
+from .model import SharedTrunk
+from .options import Options
+
+LEARNING_RATE = 4e-3
+EVALUATIONS = 20
+"""Points of a learning curve after its start."""
+EVALUATION_BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What one method did.
+
+    Attributes:
+        method: the instance that was used.
+        evaluated: the steps after which the accuracies were taken.
+        accuracies: ``[len(evaluated), K]`` on the test images.
+        cosines: ``[steps, K, K]`` between the task gradients of the shared parameters.
+        conflicts: bool ``[steps]``, whether any pair of these gradients had a negative product.
+        milliseconds: per part ("forward + backward", "combine", "step") one value per step.
+    """
+
+    method: Method
+    evaluated: list[int]
+    accuracies: Tensor
+    cosines: Tensor
+    conflicts: Tensor
+    milliseconds: dict[str, list[float]]
+
+    @property
+    def label(self) -> str:
+        return label(self.method)
+
+    def median(self, part: str) -> float:
+        """The median time of a part, in milliseconds."""
+        return statistics.median(self.milliseconds[part])
+
+
+def label(method: Method) -> str:
+    """What a method is called in print."""
+    return type(method).__name__
+
+
+def train(
+    method: Method,
+    train_set: Pairs,
+    test_set: Pairs,
+    options: Options,
+    advance: Callable[[Tensor | None], None],
+) -> Run:
+    """Trains a new network; initialisation and batches depend on ``options.seed`` alone, not on the method.
+
+    ``advance`` is called after every step, with the test accuracies ``[K]`` where they were just measured.
+    """
+    model = _new_model(options.seed)
+    adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    optimizer = MultiTaskOptimizer(adam, method, tasks=list(TASKS))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    evaluate_at = {round(options.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)} - {0}
+    evaluated, accuracies = [0], [_accuracies(model, test_set)]
+    grams: list[Tensor] = []
+    conflicts: list[Tensor] = []
+    times: dict[str, list[float]] = {"forward + backward": [], "combine": [], "step": []}
+
+    for step in range(1, options.steps + 1):
+        images, labels = _batch(train_set, options.batch_size, generator)
+        optimizer.zero_grad()
+        start = perf_counter()
+        optimizer.backward(_losses(model, images, labels), accumulate=True)
+        captured = perf_counter()
+        optimizer.combine()
+        combined = perf_counter()
+        optimizer.step()
+        stepped = perf_counter()
+        schedule.step()
+        parts = (captured - start, combined - captured, stepped - combined)
+        for values, seconds in zip(times.values(), parts, strict=True):
+            values.append(1e3 * seconds)
+        if (report := optimizer.report) is None:
+            raise RuntimeError("the optimizer has no report of the step it just took")
+        grams.append(report.gram)
+        conflicts.append(report.conflict_fraction > 0)
+        measured = None
+        if step in evaluate_at:
+            measured = _accuracies(model, test_set)
+            evaluated.append(step)
+            accuracies.append(measured)
+        advance(measured)
+
+    return Run(
+        method, evaluated, torch.stack(accuracies), cosines(torch.stack(grams)), torch.stack(conflicts), times
+    )
+
+
+def time_one_backward(train_set: Pairs, options: Options, steps: int = 30) -> float:
+    """Median milliseconds of a forward pass and one backward pass of the summed losses, in plain PyTorch."""
+    model = _new_model(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    times = []
+    for _ in range(steps):
+        images, labels = _batch(train_set, options.batch_size, generator)
+        model.zero_grad()
+        start = perf_counter()
+        torch.autograd.backward(sum(_losses(model, images, labels).values(), torch.zeros(())))
+        times.append(1e3 * (perf_counter() - start))
+    return statistics.median(times)
+
+
+def _new_model(seed: int) -> SharedTrunk:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SharedTrunk(TASKS)
+
+
+def _batch(pairs: Pairs, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    index = torch.randint(len(pairs), (size,), generator=generator)
+    return pairs.images[index], {task: labels[index] for task, labels in pairs.labels.items()}
+
+
+def _losses(model: SharedTrunk, images: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {task: cross_entropy(logits, labels[task]) for task, logits in model(images).items()}
+
+
+@torch.no_grad()
+def _accuracies(model: SharedTrunk, pairs: Pairs) -> Tensor:
+    """The share of correct answers of every task, ``[K]``."""
+    correct = torch.zeros(len(TASKS), dtype=torch.int64)
+    for begin in range(0, len(pairs), EVALUATION_BATCH):
+        chunk = slice(begin, begin + EVALUATION_BATCH)
+        logits = model(pairs.images[chunk])
+        right = [logits[task].argmax(1) == pairs.labels[task][chunk] for task in TASKS]
+        correct += torch.stack(right).sum(1)
+    return correct.double() / len(pairs)

@@ -1,0 +1,157 @@
+"""What every combination method is: frozen options, explicit state, and weights from a Gram matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+import mtl_kernels
+from mtl_kernels import RowTable
+
+
+class Solution(NamedTuple):
+    """Weights of the original rows, and the certificate of an iterative solver.
+
+    Attributes:
+        weights: float64 ``[..., K]``.
+        gap: float64 ``[...]`` duality gap, or ``None`` where the method has no certificate.
+        iterations: int64 ``[...]``, or ``None`` likewise.
+    """
+
+    weights: Tensor
+    gap: Tensor | None = None
+    iterations: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A rule that turns the Gram matrix of the task gradients into one weight per task.
+
+    A subclass is a frozen dataclass that defines `solve`; ``state`` holds whatever changes between steps, as
+    tensors. Two optimizers that must not share state need two instances.
+    """
+
+    name: ClassVar[str]
+    """What `mtl_optim.methods.get` finds the class by."""
+
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether `solve` must be given the values of the losses."""
+        return False
+
+    @property
+    def scales_with_gradient(self) -> bool:
+        """Whether scaling every row by c scales the combination by c, as GradScaler takes for granted."""
+        return True
+
+    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
+        """The weights with their certificate.
+
+        Args:
+            gram: ``[..., K, K]``, floating point.
+            losses: ``[K]`` or ``[..., K]`` loss values, for methods that need them.
+            active: bool ``[K]`` or ``[..., K]``; the other tasks get weight 0 and take no part.
+
+        Returns:
+            Tensors on the device of ``gram``; nothing is copied to the host.
+        """
+        raise NotImplementedError
+
+    def weights(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Tensor:
+        """One weight per original row, float64 ``[..., K]``; the arguments are those of `solve`."""
+        return self.solve(gram, losses=losses, active=active).weights
+
+    def __call__(
+        self,
+        rows: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
+        *,
+        losses: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Any:
+        """Combines the rows: d = J^T w with w = f(J J^T).
+
+        Args:
+            rows: a tensor ``[K, N]``, or K sequences of P tensors or ``None``; float32, float64, bfloat16,
+                float16.
+            losses, active: as for `solve`.
+
+        Returns:
+            A tensor ``[N]``, or a list of P tensors (``None`` where no task reaches), in the dtype of the
+            rows.
+        """
+        table = rows if isinstance(rows, RowTable) else RowTable(rows)
+        solution = self.solve(mtl_kernels.gram(table), losses=losses, active=active)
+        return mtl_kernels.combine(table, solution.weights)
+
+    def config(self) -> dict[str, Any]:
+        """The hyper-parameters by name, as plain values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of the state."""
+        return {key: value.clone() for key, value in self.state.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Replaces the state by a copy of ``state_dict``.
+
+        Raises:
+            TypeError: it is not a dict of tensors; the state stays as it was.
+        """
+        if not isinstance(state_dict, dict) or not all(
+            isinstance(value, Tensor) for value in state_dict.values()
+        ):
+            raise TypeError("expected a dict of tensors, as state_dict() of the same method returns it")
+        loaded = {key: value.clone() for key, value in state_dict.items()}
+        self.state.clear()
+        self.state.update(loaded)
+
+
+def check_choice(owner: str, option: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{owner}: {option}={value!r} is unknown; choose one of {listed}")
+
+
+def check_gram(owner: str, gram: Tensor) -> None:
+    """Raise unless ``gram`` is a floating point tensor ``[..., K, K]``."""
+    if not isinstance(gram, Tensor):
+        raise TypeError(
+            f"{owner}: expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}"
+        )
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
+        raise ValueError(
+            f"{owner}: expected a Gram matrix of shape [..., K, K], found {list(gram.shape)}; for rows of "
+            "gradients call the method itself, method(rows)"
+        )
+    if not gram.is_floating_point():
+        raise TypeError(f"{owner}: expected a Gram matrix of floating dtype, found {gram.dtype}")
+
+
+def check_active(owner: str, gram: Tensor, active: Tensor | None) -> None:
+    """Raise unless ``active`` is None or a bool tensor ``[K]`` or ``[..., K]`` that fits ``gram``."""
+    if active is None:
+        return
+    if not isinstance(active, Tensor) or active.dtype != torch.bool:
+        found = active.dtype if isinstance(active, Tensor) else type(active).__name__
+        raise TypeError(f"{owner}: expected active as a bool tensor, found {found}")
+    if active.shape not in (gram.shape[:-1], gram.shape[-1:]):
+        raise ValueError(
+            f"{owner}: expected active of shape {list(gram.shape[:-1])}, found {list(active.shape)}"
+        )
+
+
+def spread(owner: str, gram: Tensor, values: Tensor, active: Tensor | None) -> Tensor:
+    """``values`` for every problem of the batch, 0 for tasks that are not active: float64 ``[..., K]``."""
+    check_gram(owner, gram)
+    check_active(owner, gram, active)
+    weights = values.expand(gram.shape[:-1])
+    return (weights if active is None else torch.where(active, weights, 0.0)).clone(
+        memory_format=torch.contiguous_format
+    )

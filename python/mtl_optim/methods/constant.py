@@ -1,0 +1,102 @@
+"""Weights that do not depend on the gradients: `Sum`, `Mean` and `Constant`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Method, Solution, check_active, check_gram, spread
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sum(Method):
+    """w = 1: the gradient of the sum of the losses."""
+
+    name: ClassVar[str] = "sum"
+
+    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
+        """Weight 1 on every active task; see `Method.solve`."""
+        check_gram("Sum", gram)
+        ones = torch.ones(gram.shape[-1], dtype=torch.float64, device=gram.device)
+        return Solution(spread("Sum", gram, ones, active))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mean(Method):
+    """w = 1 / K over the active tasks: the gradient of the mean of the losses."""
+
+    name: ClassVar[str] = "mean"
+
+    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
+        """Weight 1 / (number of active tasks) on every active task; see `Method.solve`."""
+        check_gram("Mean", gram)
+        check_active("Mean", gram, active)
+        if active is None:
+            shape, value = gram.shape[:-1], 1.0 / gram.shape[-1]
+            return Solution(torch.full(shape, value, dtype=torch.float64, device=gram.device))
+        share = active.sum(-1, keepdim=True).clamp(min=1).double().reciprocal()
+        return Solution(spread("Mean", gram, share, active))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class Constant(Method):
+    """w = the given weights: a strong baseline when tuned (Kurin et al. 2022, arXiv 2201.04122).
+
+    Args:
+        weights: K finite weights >= 0, in the order of the tasks. To climb a loss, negate the loss itself.
+
+    Raises:
+        TypeError, ValueError: no weights, or a weight that is not a finite number >= 0.
+    """
+
+    name: ClassVar[str] = "constant"
+
+    weights_per_task: tuple[float, ...]
+    _on_device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __init__(self, weights: Sequence[float] | Tensor) -> None:
+        object.__setattr__(self, "weights_per_task", _as_weights(weights))
+        object.__setattr__(self, "state", {})
+        object.__setattr__(self, "_on_device", {})
+
+    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
+        """The given weights for every problem; see `Method.solve`.
+
+        Raises:
+            ValueError: the number of weights is not K.
+        """
+        check_gram("Constant", gram)
+        if gram.shape[-1] != len(self.weights_per_task):
+            raise ValueError(
+                f"Constant has {len(self.weights_per_task)} weights for {gram.shape[-1]} tasks; pass one "
+                "weight per task"
+            )
+        # Copied to a device once: a copy at every step would make the host wait.
+        cache = self._on_device
+        if gram.device not in cache:
+            cache[gram.device] = torch.tensor(self.weights_per_task, dtype=torch.float64, device=gram.device)
+        return Solution(spread("Constant", gram, cache[gram.device], active))
+
+
+def _as_weights(weights: Sequence[float] | Tensor) -> tuple[float, ...]:
+    values = weights.detach().tolist() if isinstance(weights, Tensor) else weights
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(
+            f"Constant: expected a sequence of weights, one per task, found {type(weights).__name__}"
+        )
+    if not values:
+        raise ValueError("Constant: expected one weight per task, found none")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"Constant: expected numbers as weights, found {value!r}")
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(
+                f"Constant: expected finite weights >= 0, found {value!r}; to climb a loss, negate the loss "
+                "itself"
+            )
+    return tuple(float(value) for value in values)

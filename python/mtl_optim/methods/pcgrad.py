@@ -1,0 +1,69 @@
+"""PCGrad: project conflicting gradients (Yu et al. 2020, arXiv 2001.06782)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+import mtl_kernels
+
+from .base import Method, Solution, check_choice, check_gram
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PCGrad(Method):
+    """Gradient surgery, Algorithm 1 of Yu et al. 2020 (arXiv 2001.06782).
+
+    Every gradient g_i is projected, task by task, onto the normal plane of each original g_j it conflicts
+    with (g_i . g_j < 0: g_i <- g_i - (g_i . g_j) / ||g_j||^2 g_j), and the results are added. Carried out on
+    coefficients: with c_i = e_i and s = (G c_i)_j, s < 0 means c_i[j] -= s / G_jj; w = sum_i c_i. Zero rows
+        are skipped.
+
+    Args:
+        order: "random" (the paper) visits the other tasks in a fresh order for every task, "fixed" in
+            ascending order.
+        reduction: "sum" (the paper) or "mean", which divides by the number of active tasks.
+        seed: of the random order. The order of a step is a function of (seed, step) alone, on every device.
+
+    ``state["rng"]`` is (seed, step), int64 on the device of the Gram matrix; the step advances with every
+    solve, whether or not the Gram matrix was finite.
+
+    Raises:
+        TypeError, ValueError: an unknown option, or a seed that is not an integer in 0..2**63-1.
+    """
+
+    name: ClassVar[str] = "pcgrad"
+
+    order: Literal["random", "fixed"] = "random"
+    reduction: Literal["sum", "mean"] = "sum"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("PCGrad", "order", self.order, ("random", "fixed"))
+        check_choice("PCGrad", "reduction", self.reduction, ("sum", "mean"))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"PCGrad: expected an integer seed, found {self.seed!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"PCGrad: expected a seed in 0..2**63-1, found {self.seed}")
+
+    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
+        """The summed coefficients of the projected gradients; see `Method.solve`."""
+        check_gram("PCGrad", gram)
+        rng = self._rng(gram) if self.order == "random" else None
+        weights = mtl_kernels.pcgrad_weights(
+            gram, order=self.order, reduction=self.reduction, rng=rng, active=active
+        )
+        if rng is not None:
+            rng[1:].add_(1)
+        return Solution(weights)
+
+    def _rng(self, gram: Tensor) -> Tensor:
+        rng = self.state.get("rng")
+        if rng is None:
+            rng = mtl_kernels.rng_state(self.seed, device=gram.device)
+        elif rng.device != gram.device:
+            rng = rng.to(gram.device)
+        self.state["rng"] = rng
+        return rng

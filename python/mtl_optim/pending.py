@@ -1,0 +1,94 @@
+"""The rows that a step has captured so far and not combined yet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .capture import Harvester, Row
+from .graph import reaches_nothing
+
+
+class Pending:
+    """Rows by task name, over one list of parameters.
+
+    Attributes:
+        rows: one per task. losses: the values of their losses, for methods that need them.
+        accumulating: whether `backward` may add to the rows without being asked to.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+        self.losses: dict[str, Tensor] = {}
+        self.accumulating = False
+        self._params: list[Tensor] = []
+        self._harvester = Harvester()
+
+    def clear(self) -> None:
+        """Forgets everything, so that the memory of the rows is free."""
+        self.rows, self.losses, self.accumulating, self._params = {}, {}, False, []
+        self._harvester.forget()
+
+    def keep(self, rows: dict[str, Row], losses: dict[str, Tensor], params: list[Tensor]) -> None:
+        """Replaces what is kept."""
+        self.rows, self.losses, self._params = rows, losses, params
+
+    def check_new(self, name: str) -> None:
+        """Raise RuntimeError if the task has a row already."""
+        if name in self.rows:
+            raise RuntimeError(
+                f"task {name!r} was already captured in this step; pass accumulate=True to add to it, or "
+                "combine() first"
+            )
+
+    def check_params(self, params: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if the rows were captured over other parameters."""
+        if self.rows and not (
+            len(self._params) == len(params)
+            and all(a is b for a, b in zip(self._params, params, strict=True))
+        ):
+            raise RuntimeError(
+                "the parameters that require grad changed since tasks were captured; call zero_grad() and "
+                "capture again"
+            )
+
+    def take(self, name: str, params: Sequence[Tensor], previous: Row | None) -> Row:
+        """The row now in ``.grad``; see `Harvester.take`. Raise ValueError if it is empty."""
+        row = self._harvester.take(params, previous)
+        if all(grad is None for grad in row):
+            raise reaches_nothing(name)
+        return row
+
+    def losses_with(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss values of the step with those of ``named`` added."""
+        values = dict(self.losses)
+        for name, loss in named.items():
+            value = loss.detach().reshape(()).double()
+            values[name] = values[name] + value if name in values else value
+        return values
+
+    def versions(self) -> dict[int, int]:
+        """The version counters of the rows, by which a change in place shows."""
+        return {id(grad): grad._version for row in self.rows.values() for grad in row if grad is not None}
+
+    def after_failure(self, versions: Mapping[int, int]) -> None:
+        """Drops rows that an interrupted pass has added to: half a micro-batch must not be stepped with."""
+        if versions != self.versions():
+            self.clear()
+            warnings.warn(
+                "an error interrupted the accumulation into captured rows: all rows of this step were "
+                "dropped",
+                UserWarning,
+                stacklevel=4,
+            )
+        elif not self.rows:
+            self._harvester.forget()
+
+
+def stack_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device) -> Tensor:
+    """Loss values in the order of the tasks, float64 ``[K]``; 1 for an absent task."""
+    absent = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([losses[name].to(device) if name in losses else absent for name in tasks])

@@ -1,0 +1,92 @@
+"""What `refresh_every` keeps of a step so that later ones need a single backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .combination import Combined
+from .graph import Parameters, reached_leaves
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reusable:
+    """Weights to use again.
+
+    Attributes:
+        present: the tasks of the step.
+        weights: float64, one per present task; 1 for a task that reached no shared parameter.
+        owner: per managed parameter its only task, as an index into ``present``; None where several or none
+            reach it.
+        age: steps since the weights were computed.
+    """
+
+    present: tuple[str, ...]
+    weights: Tensor
+    owner: tuple[int | None, ...]
+    age: int = 0
+
+    @classmethod
+    def of(cls, combined: Combined, present: Sequence[str]) -> Reusable:
+        """What a step leaves behind; it had one problem over the whole model."""
+        report = combined.report
+        index = [report.tasks.index(name) for name in present]
+        position = {k: i for i, k in enumerate(index)}
+        weights = torch.where(report.active, report.weights, 1.0)
+        owner = tuple(None if k is None else position[k] for k in combined.owner)
+        return cls(tuple(present), torch.stack([weights[k] for k in index]), owner)
+
+    def older(self) -> Reusable:
+        """The same one step later."""
+        return dataclasses.replace(self, age=self.age + 1)
+
+    def passes(
+        self,
+        named: Mapping[str, Tensor],
+        parameters: Parameters,
+        plain_heads: bool,
+    ) -> list[Callable[..., None]] | None:
+        """The backward passes that give every tensor what a step with these weights gives it.
+
+        Shared parameters get the weighted sum. Single-task ones with ``plain_heads`` and leaves that are not
+        managed get the plain sum, in a pass of its own that goes no further down the graph than it must.
+
+        Returns:
+            Functions that take ``retain_graph``; None if the graph hides parameters, so that a pass for some
+            of them may miss others.
+        """
+        losses = [named[name] for name in self.present]
+        scales = [
+            self.weights[k].to(loss.device, loss.dtype).reshape(loss.shape) for k, loss in enumerate(losses)
+        ]
+        weighted_ids = {
+            id(p) for p, k in zip(parameters.managed, self.owner, strict=True) if k is None or not plain_heads
+        }
+        leaves, hides = reached_leaves(losses)
+        plain = [leaf for leaf in leaves if id(leaf) not in weighted_ids]
+        weighted = [leaf for leaf in leaves if id(leaf) in weighted_ids]
+        backward = functools.partial(torch.autograd.backward, losses)
+        if hides and not {id(p) for p in (*parameters.managed, *parameters.others)} <= {
+            id(leaf) for leaf in leaves
+        }:
+            return None
+        if not plain:
+            return [functools.partial(backward, scales)]
+        first = functools.partial(backward, inputs=plain)
+        return [first, functools.partial(backward, scales, inputs=weighted)] if weighted else [first]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and a tensor."""
+        fields = {"present": list(self.present), "weights": self.weights.clone()}
+        return {**fields, "owner": list(self.owner), "age": self.age}
+
+    @classmethod
+    def from_state_dict(cls, saved: Mapping[str, Any], device: torch.device) -> Reusable:
+        """The inverse of `state_dict`."""
+        weights = saved["weights"].to(device, copy=True)
+        return cls(tuple(saved["present"]), weights, tuple(saved["owner"]), saved["age"])

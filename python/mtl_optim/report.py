@@ -1,0 +1,90 @@
+"""What the last combination looked like, as device tensors: nothing reaches the host until it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+import mtl_kernels
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """The Gram matrix, the weights and the certificate of one step.
+
+    Everything is over the shared parameters. With ``granularity="group"`` or ``"parameter"`` the tensors
+    have a leading dimension S, one problem per group or parameter that holds shared parameters.
+
+    Attributes:
+        tasks: the K task names, in the order of the rows.
+        gram: float64 ``[K, K]`` or ``[S, K, K]``.
+        weights: float64 ``[K]`` or ``[S, K]``, of the original rows.
+        active: bool, shaped like ``weights``: the tasks that reached a shared parameter of the problem.
+            Where no parameter was shared, the tasks that were present (weight 1).
+        gap: float64 duality gap, ``[]`` or ``[S]``; None for methods without a certificate.
+        iterations: int64, ``[]`` or ``[S]``; None likewise.
+        problems: the S param group indices, or indices of parameters (counting those combined, in the order
+            of the optimizer); empty for ``granularity="model"``.
+        age: steps since the weights were computed (above 0 only with ``refresh_every``).
+    """
+
+    tasks: tuple[str, ...]
+    gram: Tensor
+    weights: Tensor
+    active: Tensor
+    gap: Tensor | None = None
+    iterations: Tensor | None = None
+    problems: tuple[int, ...] = ()
+    age: int = 0
+
+    @property
+    def norms(self) -> Tensor:
+        """The length of every row, float64 ``[..., K]``."""
+        return mtl_kernels.norms(self.gram)
+
+    @property
+    def cosines(self) -> Tensor:
+        """The cosine of every pair of rows, float64 ``[..., K, K]``; 0 for a zero row."""
+        return mtl_kernels.cosines(self.gram)
+
+    @property
+    def conflict_fraction(self) -> Tensor:
+        """The share of active pairs with a negative cosine, over all problems (0 if there are none)."""
+        pairs = (self.active.unsqueeze(-1) & self.active.unsqueeze(-2)).triu(diagonal=1)
+        conflicts = (pairs & (self.gram < 0)).sum()
+        return conflicts.double() / pairs.sum().clamp(min=1)
+
+    def summary(self) -> str:
+        """A table for reading; copies the numbers to the host."""
+        lines = [
+            f"{len(self.tasks)} tasks, {100 * float(self.conflict_fraction):.0f}% of the pairs in conflict"
+        ]
+        if self.age:
+            lines[0] += f", weights {self.age} step(s) old"
+        gram, weights = self.gram, self.weights
+        if gram.dim() == 3:
+            lines.append(f"{gram.shape[0]} problems: norms and cosines over all, weights averaged")
+            count = self.active.sum(0).clamp(min=1)
+            gram, weights = gram.sum(0), (weights * self.active).sum(0) / count
+        norms, cosines = mtl_kernels.norms(gram).tolist(), mtl_kernels.cosines(gram).tolist()
+        width = max(4, *(len(name) for name in self.tasks))
+        lines.append(f"{'task':<{width}}  {'norm':>10}  {'weight':>10}  cosines")
+        for name, norm, weight, row in zip(self.tasks, norms, weights.tolist(), cosines, strict=True):
+            values = " ".join(f"{value:+.2f}" for value in row)
+            lines.append(f"{name:<{width}}  {norm:>10.4g}  {weight:>10.4g}  {values}")
+        if self.gap is not None and self.iterations is not None and self.gap.numel():
+            worst, most = float(self.gap.max()), int(self.iterations.max())
+            lines.append(f"duality gap {worst:.3g} after {most} iterations")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        where = f"{list(self.gram.shape)} on {self.gram.device}"
+        return f"Report(tasks={list(self.tasks)}, gram={where}, age={self.age})"
+
+    def aged(self) -> Report:
+        """The same report one step later."""
+        return dataclasses.replace(self, age=self.age + 1)

@@ -1,0 +1,202 @@
+"""The demo: its data, its training runs, and the files it leaves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+datasets = pytest.importorskip("sklearn.datasets")
+
+from mtl_optim import Sum, cli, methods  # noqa: E402
+from mtl_optim.demo import data, plots, train  # noqa: E402
+from mtl_optim.demo.model import SharedTrunk  # noqa: E402
+from mtl_optim.demo.options import Options  # noqa: E402
+
+STEPS = 4
+SMALL = ["demo", "--steps", str(STEPS), "--batch-size", "8", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run with the default methods."""
+    output = tmp_path_factory.mktemp("demo") / "deep" / "folder"
+    arguments = [
+        "demo",
+        "--steps",
+        str(STEPS),
+        "--batch-size",
+        "8",
+        "--threads",
+        "1",
+        "--output",
+        str(output),
+    ]
+    assert cli.main(arguments) == 0
+    return output
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[data.Pairs, data.Pairs]:
+    return data.load(3, num_train=600, num_test=200)
+
+
+def test_images_and_labels(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    _, digits = datasets.load_digits(return_X_y=True)
+    for part, count in zip(pairs, (600, 200), strict=True):
+        assert len(part) == count
+        assert part.images.shape == (count, 1, data.CANVAS, data.CANVAS)
+        assert part.images.dtype == torch.float32
+        assert part.images.min() == 0 and part.images.max() == 1
+        first, second = torch.from_numpy(digits)[part.sources].unbind(1)
+        assert part.labels["top-left"].equal(first)
+        assert part.labels["bottom-right"].equal(second)
+        assert part.labels["digit-sum"].equal(first + second)
+        for task, classes in data.TASKS.items():
+            assert part.labels[task].dtype == torch.int64
+            assert 0 <= part.labels[task].min() and part.labels[task].max() < classes
+
+
+def test_no_digit_is_in_both_parts(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    train_set, test_set = pairs
+    assert not set(train_set.sources.flatten().tolist()) & set(test_set.sources.flatten().tolist())
+
+
+def test_every_image_is_the_maximum_of_its_two_digits(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    digits = torch.from_numpy(datasets.load_digits().images / 16).float()
+    shifts = list(itertools.product(range(data.JITTER), repeat=2))
+    last = data.CANVAS - data.DIGIT - data.JITTER + 1
+    seen = set()
+    for image, (first, second) in zip(pairs[0].images[:100, 0], pairs[0].sources[:100], strict=True):
+        candidates = []
+        for a, b in itertools.product(shifts, shifts):
+            canvas = torch.zeros(2, data.CANVAS, data.CANVAS)
+            canvas[0, a[0] : a[0] + 8, a[1] : a[1] + 8] = digits[first]
+            canvas[1, last + b[0] : last + b[0] + 8, last + b[1] : last + b[1] + 8] = digits[second]
+            if canvas.amax(0).equal(image):
+                candidates.append((a, b))
+        assert candidates
+        seen.update(candidates)
+    assert {a for a, _ in seen} == {b for _, b in seen} == set(shifts)
+
+
+def test_data_follow_the_seed(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    again, other = data.load(3, 600, 200), data.load(2**40, 600, 200)
+    for part, same, different in zip(pairs, again, other, strict=True):
+        assert part.images.equal(same.images)
+        assert not part.images.equal(different.images)
+
+
+def test_every_task_reaches_the_trunk_and_its_own_head_only() -> None:
+    model = SharedTrunk(data.TASKS)
+    logits = model(torch.rand(5, 1, data.CANVAS, data.CANVAS))
+    assert {task: list(values.shape) for task, values in logits.items()} == {
+        task: [5, classes] for task, classes in data.TASKS.items()
+    }
+    logits["top-left"].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.trunk.parameters())
+    assert model.heads["digit-sum"].weight.grad is None
+
+
+def test_training_sum_is_training_on_the_summed_loss(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    options = Options(steps=3, batch_size=16, seed=5)
+    state = torch.get_rng_state()
+    run = train.train(Sum(), *pairs, options, lambda accuracies: None)
+    assert state.equal(torch.get_rng_state())
+
+    model = train._new_model(options.seed)
+    adam = torch.optim.Adam(model.parameters(), lr=train.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, options.steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.steps):
+        adam.zero_grad()
+        losses = train._losses(model, *train._batch(pairs[0], options.batch_size, generator))
+        torch.stack(list(losses.values())).sum().backward()
+        adam.step()
+        schedule.step()
+    torch.testing.assert_close(train._accuracies(model, pairs[1]), run.accuracies[-1], atol=0.011, rtol=0)
+
+
+def test_conflicts_are_negative_cosines(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    measured = []
+    run = train.train(Sum(), *pairs, Options(steps=12, batch_size=8), measured.append)
+    assert len(measured) == 12
+    assert run.cosines.shape == (12, 3, 3)
+    assert run.conflicts.equal((run.cosines < 0).any(2).any(1))
+    assert run.conflicts.any() and all(len(times) == 12 for times in run.milliseconds.values())
+
+
+def test_the_run_leaves_numbers(small_run: Path) -> None:
+    results = _results(small_run)
+    assert (results["steps"], results["batch_size"], results["seed"], results["threads"]) == (STEPS, 8, 0, 1)
+    assert list(results["methods"]) == ["Sum", "PCGrad", "MGDA"]
+    start = {task: numbers[0] for task, numbers in results["methods"]["Sum"]["curve"].items()}
+    for numbers in results["methods"].values():
+        assert set(numbers["accuracy"]) == set(data.TASKS)
+        assert all(0 <= accuracy <= 1 for accuracy in numbers["accuracy"].values())
+        assert numbers["mean_accuracy"] == pytest.approx(np.mean(list(numbers["accuracy"].values())))
+        assert 0 <= numbers["conflicting_steps"] <= 1
+        assert numbers["curve"]["step"] == list(range(STEPS + 1))
+        assert {task: values[0] for task, values in numbers["curve"].items()} == start
+        for spread in numbers["ms"].values():
+            assert 0 < spread["p20"] <= spread["median"] <= spread["p80"]
+
+
+def test_the_run_leaves_a_picture(small_run: Path) -> None:
+    from matplotlib.image import imread
+
+    picture = imread(small_run / "demo.png")
+    assert picture.shape[0] > 500 and picture.shape[1] > 1000
+    assert picture[..., :3].std() > 0.05
+
+
+def test_table_options_and_repetition(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = torch.get_num_threads()
+    output = tmp_path / "[red]"
+    arguments = ["--methods", "pcgrad", "--backend", "auto", "--quiet", "--output", str(output)]
+    assert cli.main(SMALL + arguments) == 0
+    assert torch.get_num_threads() == threads
+    text = capsys.readouterr().out
+    for expected in ("Accuracy on 4000 test images after 4 steps", "PCGrad", "combine", "conflict", "[red]"):
+        assert expected in text
+    assert "━" not in text and "MGDA" not in text
+
+    first, again = (_results(folder)["methods"]["PCGrad"] for folder in (small_run, output))
+    assert first.pop("ms") and again.pop("ms")
+    assert first == again
+
+
+def test_seed_backend_and_progress(
+    small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--methods", "PCGrad", "--backend", "reference", "--seed", "1", "--output", str(tmp_path)]
+    assert cli.main(SMALL + arguments) == 0
+    assert "━" in capsys.readouterr().out
+    results = _results(tmp_path)
+    assert results["backend"] == "reference"
+    assert results["methods"]["PCGrad"]["options"]["seed"] == 1
+    assert results["methods"]["PCGrad"]["curve"] != _results(small_run)["methods"]["PCGrad"]["curve"]
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_any_number_of_methods_can_be_drawn(tmp_path: Path, count: int) -> None:
+    steps = 200
+    run = train.Run(
+        methods.get("sum")(), [0, steps], torch.rand(2, 3), torch.rand(steps, 3, 3) - 0.5,
+        torch.ones(steps, dtype=torch.bool), {"combine": [1.0] * steps},
+    )  # fmt: skip
+    plots.draw([run] * count, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
