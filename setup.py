@@ -49,7 +49,10 @@ class CMakeBuild(build_ext):
             print(f"mtl-kernels: building without compiled kernels: {reason}", file=sys.stderr)
             self.extensions = []
             return
-        import pybind11
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit("pybind11 was not found; install it with: pip install pybind11") from None
 
         build = Path(self.build_temp).resolve() / "native"
         build.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,10 @@ class CMakeBuild(build_ext):
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             built = build / self.get_ext_filename(extension.name.rpartition(".")[2])
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(built, target)
+            # Replaced, not overwritten: a running process may have the old file mapped.
+            beside = target.with_suffix(".new")
+            shutil.copyfile(built, beside)
+            os.replace(beside, target)
 
     def get_outputs(self) -> list[str]:
         return [self.get_ext_fullpath(extension.name) for extension in self.extensions]

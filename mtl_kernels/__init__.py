@@ -1,7 +1,7 @@
 """Kernels that combine the per-task gradients of multi-task training.
 
-``gram`` reads the rows once, a ``*_weights`` function turns the Gram matrix into one weight per task, ``combine`` reads
-the rows once more and writes d = J^T w.
+``gram`` reads the rows once, a ``*_weights`` function turns the Gram matrix into one weight per task, and
+``combine`` reads the rows once more and writes d = J^T w.
 """
 
 from . import reference
@@ -12,10 +12,12 @@ from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
 from .solvers import *  # noqa: F403
 from .solvers import __all__ as _solvers
+from .version import __version__
 
 __all__ = [
     "MAX_TASKS",
     "RowTable",
+    "__version__",
     "available_backends",
     "combine",
     "cosines",

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import torch
 
 from . import dispatch
 from .backends import cpu
-
-
-def version() -> str:
-    """The version of the installed distribution."""
-    return metadata.version("mtl-kernels")
+from .version import __version__
 
 
 def config() -> dict[str, str]:
     """The facts of `show_config`, by name."""
     facts = {
-        "mtl-kernels": version(),
+        "mtl-kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",

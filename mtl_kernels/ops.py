@@ -15,7 +15,8 @@ from torch import Tensor
 from . import dispatch
 from .rows import Row, RowTable, check_num_tasks
 
-_PLAIN_ROW_TYPES = {Tensor, type(None)}
+MAX_GROUPS = 1 << 12
+"""Groups may be numbered up to here, or up to the number of parameters if there are more."""
 
 
 def gram(
@@ -39,8 +40,10 @@ def gram(
         TypeError, ValueError: rows that do not fit together (see `RowTable`), or groups that do not fit the rows.
         RuntimeError: the backend asked for is not available.
     """
-    if _direct(rows):
-        return _gram(_as_table(rows), groups, backend)
+    if _eager():
+        rows = _as_table(rows)
+        if rows.plain:
+            return _gram(rows, groups, backend)
     flat, num_tasks = _flatten(rows)
     found: Tensor = torch.ops.mtl_kernels.gram(flat, num_tasks, _int_list(groups), backend)
     return found
@@ -59,7 +62,8 @@ def cosines(gram: Tensor) -> Tensor:
     """
     length = norms(gram)
     unit = torch.where(length > 0, length.reciprocal(), torch.zeros_like(length))
-    scaled = (gram * unit.unsqueeze(-1) * unit.unsqueeze(-2)).clamp(-1, 1)
+    scaled = (gram * unit.unsqueeze(-1) * unit.unsqueeze(-2)).clamp(-1, 1).tril()
+    scaled = scaled + scaled.tril(-1).mT
     one = torch.where(length == 0, torch.zeros_like(length), length / length)
     return torch.where(
         torch.eye(gram.shape[-1], dtype=torch.bool, device=gram.device),
@@ -94,10 +98,12 @@ def combine(
         TypeError, ValueError: rows, weights, groups or ``out`` that do not fit together.
         RuntimeError: the backend asked for is not available.
     """
-    if _direct(rows) and (type(weights) is Tensor or not isinstance(weights, Tensor)):
-        return _combine(_as_table(rows), weights, out, groups, backend)
-    flat, num_tasks = _flatten(rows)
+    if _eager():
+        rows = _as_table(rows)
+        if rows.plain and (type(weights) is Tensor or not isinstance(weights, Tensor)):
+            return _combine(rows, weights, out, groups, backend)
     dense = isinstance(rows, Tensor) or (isinstance(rows, RowTable) and rows.dense)
+    flat, num_tasks = _flatten(rows)
     if out is not None:
         targets: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
         present = [target for target in targets if target is not None]
@@ -120,9 +126,8 @@ def solve(
     active: Tensor | None = None,
     rng: Tensor | None = None,
     inputs: Tensor | None = None,
-    certified: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Runs one solver over a batch of Gram matrices; the functions of `mtl_kernels.solvers` are its users.
 
     Args:
@@ -132,38 +137,57 @@ def solve(
         active: bool ``[K]`` or ``[..., K]``; tasks that are False get weight 0 and take no part.
         rng: int64 ``[2]``, seed and step, see `mtl_kernels.rng_state`.
         inputs: per-task extra inputs ``[K]`` or ``[..., K]``.
-        certified: whether the certificate is wanted.
         backend: as for `gram`.
 
     Returns:
-        weights float64 ``[..., K]`` and certificate float64 ``[..., 2]`` (gap or residual, iterations),
-        which may be None where it is not wanted.
+        weights float64 ``[..., K]`` and certificate float64 ``[..., 2]`` (gap or residual, iterations).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit the Gram matrix or the solver.
+        RuntimeError: the backend asked for is not available.
     """
-    if _direct(gram):
+    weights, certificate = _dispatch_solve(solver, gram, options, active, rng, inputs, True, backend)
+    if certificate is None:
+        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
+    return weights, certificate
+
+
+def solve_weights(
+    solver: str,
+    gram: Tensor,
+    *,
+    options: Sequence[float] = (),
+    active: Tensor | None = None,
+    rng: Tensor | None = None,
+    inputs: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The weights of `solve`, for solvers in closed form, whose certificate says nothing."""
+    return _dispatch_solve(solver, gram, options, active, rng, inputs, False, backend)[0]
+
+
+def _dispatch_solve(
+    solver: str,
+    gram: Tensor,
+    options: Sequence[float],
+    active: Tensor | None,
+    rng: Tensor | None,
+    inputs: Tensor | None,
+    certified: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    if _eager() and (type(gram) is Tensor or not isinstance(gram, Tensor)):
         return _solve(solver, gram, options, active, rng, inputs, certified, backend)
     weights, certificate = torch.ops.mtl_kernels.solve(solver, gram, list(options), active, rng, inputs, backend)
     return weights, certificate
 
 
-def _direct(rows: object) -> bool:
-    """Whether a call may go straight to the backend: eager, no mode that wants to see it, no tensor subclass."""
-    if (
+def _eager() -> bool:
+    """Whether nothing wants to see the operators: no compiler, no dispatch mode, no functorch transform."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False
-    if isinstance(rows, Tensor):
-        return type(rows) is Tensor
-    if isinstance(rows, RowTable):
-        return True
-    if not isinstance(rows, Sequence):
-        return True
-    return all(
-        type(tensor) in _PLAIN_ROW_TYPES or not isinstance(tensor, Tensor)
-        for row in rows
-        if isinstance(row, Sequence)
-        for tensor in row
     )
 
 
@@ -177,16 +201,12 @@ def _flatten(rows: Tensor | Sequence[Row] | RowTable) -> tuple[list[Tensor | Non
         rows = rows.entries
     elif isinstance(rows, Tensor):
         if rows.dim() != 2:
-            raise ValueError(
-                f"expected rows of shape [K, N], found {list(rows.shape)}: flatten each gradient"
-            )
+            raise ValueError(f"expected rows of shape [K, N], found {list(rows.shape)}: flatten each gradient")
         check_num_tasks(rows.shape[0])
         rows = [[row] for row in rows.unbind(0)]
     check_num_tasks(len(rows))
     if any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(
-            "every row needs one entry per parameter; use None for one that a task does not reach"
-        )
+        raise ValueError("every row needs one entry per parameter; use None for one that a task does not reach")
     return [tensor for row in rows for tensor in row], len(rows)
 
 
@@ -203,10 +223,14 @@ def _check_groups(groups: Sequence[int] | None, num_params: int) -> tuple[list[i
     """The group of every parameter, and S."""
     if groups is None:
         return [0] * num_params, 1
+    if not isinstance(groups, Sequence) or not all(isinstance(group, int) for group in groups):
+        raise TypeError(f"expected groups as a sequence of integers, one per parameter, found {groups!r}")
     if len(groups) != num_params:
         raise ValueError(f"groups has {len(groups)} entries for {num_params} parameters; expected one each")
-    if any(group < 0 for group in groups):
-        raise ValueError(f"groups has the entry {min(groups)}; expected numbers from 0")
+    highest = max(num_params, MAX_GROUPS) - 1
+    for group in groups:
+        if not 0 <= group <= highest:
+            raise ValueError(f"groups has the entry {group}; expected numbers from 0 to {highest}")
     return list(groups), max(groups, default=0) + 1
 
 
@@ -223,31 +247,24 @@ def _check_gram(gram: Tensor) -> None:
 
 def _gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
     group_list, num_groups = _check_groups(groups, table.num_params)
-    out = torch.zeros(
-        (num_groups, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device
-    )
+    out = torch.zeros((num_groups, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device)
     dispatch.resolve(table.device, backend).gram_into(table, group_list, out)
     return out[0] if groups is None else out
 
 
-def _check_weights(
-    table: RowTable, weights: Tensor, groups: Sequence[int] | None
-) -> tuple[Tensor, list[int]]:
+def _check_weights(table: RowTable, weights: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, list[int]]:
     """Weights as contiguous float64 ``[S, K]``, and the group of every parameter."""
     group_list, num_groups = _check_groups(groups, table.num_params)
     if not isinstance(weights, Tensor):
         raise TypeError(f"expected weights as a tensor, found {type(weights).__name__}")
+    _check_strided(weights, "weights")
     if not weights.is_floating_point():
         raise TypeError(f"expected weights of floating dtype, found {weights.dtype}")
     expected = [table.num_tasks] if groups is None else [num_groups, table.num_tasks]
     if list(weights.shape) != expected:
-        raise ValueError(
-            f"expected weights of shape {expected}, found {list(weights.shape)}: one weight per row"
-        )
+        raise ValueError(f"expected weights of shape {expected}, found {list(weights.shape)}: one weight per row")
     if weights.device != table.device:
-        raise ValueError(
-            f"weights are on {weights.device}, the rows on {table.device}; move them to one device"
-        )
+        raise ValueError(f"weights are on {weights.device}, the rows on {table.device}; move them to one device")
     return weights.detach().to(torch.float64).reshape(-1, table.num_tasks).contiguous(), group_list
 
 
@@ -259,14 +276,10 @@ def _check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[T
         targets = [out]
     else:
         if isinstance(out, Tensor) or not isinstance(out, Sequence):
-            raise TypeError(
-                f"expected out as a sequence of {table.num_params} tensors, found {type(out).__name__}"
-            )
+            raise TypeError(f"expected out as a sequence of {table.num_params} tensors, found {type(out).__name__}")
         targets = list(out)
     if len(targets) != table.num_params:
-        raise ValueError(
-            f"out has {len(targets)} tensors for {table.num_params} parameters; expected one each"
-        )
+        raise ValueError(f"out has {len(targets)} tensors for {table.num_params} parameters; expected one each")
     for p, (like, target) in enumerate(zip(table.like, targets, strict=True)):
         if like is None and target is None:
             continue
@@ -275,12 +288,56 @@ def _check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[T
                 f"out[{p}] is {'missing' if target is None else 'given'} where "
                 f"{'a' if target is None else 'no'} task reaches the parameter"
             )
+        if not isinstance(target, Tensor):
+            raise TypeError(f"out[{p}] is a {type(target).__name__}; expected a tensor")
+        _check_strided(target, f"out[{p}]")
         if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
             raise ValueError(
                 f"out[{p}] is {list(target.shape)} {target.dtype} on {target.device}; expected {list(like.shape)} "
                 f"{like.dtype} on {like.device}, as in the rows"
             )
     return targets
+
+
+def _check_strided(tensor: Tensor, name: str) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: call .to_dense()")
+
+
+def _check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
+    """Raises where a target shares memory with another, or with a row that is not exactly the target itself."""
+    spans: list[tuple[int, int, bool]] = []
+    for p, target in enumerate(targets):
+        if target is None or target.numel() == 0:
+            continue
+        size = target.numel() * target.element_size()
+        spans.append((target.data_ptr(), size, True))
+        for row in table.entries:
+            tensor = row[p]
+            if tensor is not None and tensor.data_ptr() != target.data_ptr():
+                spans.append((tensor.data_ptr(), size, False))
+    row_end = target_end = 0
+    for begin, size, is_target in sorted(spans):
+        if begin < target_end or (is_target and begin < row_end):
+            raise ValueError(
+                "out overlaps other memory that is read or written here; expected memory of its own, or exactly the "
+                "memory of one of the rows of the same parameter"
+            )
+        if is_target:
+            target_end = max(target_end, begin + size)
+        else:
+            row_end = max(row_end, begin + size)
+
+
+def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
+    """Copies what was written elsewhere, and tells autograd about memory that changed behind its back."""
+    for target, result in zip(targets, written, strict=True):
+        if target is None or result is None:
+            continue
+        if target.stride() != result.stride():
+            target.detach().copy_(result)
+        elif not target.is_inference():
+            torch.autograd.graph.increment_version(target)
 
 
 def _combine(
@@ -297,16 +354,18 @@ def _combine(
     else:
         targets = _check_out(table, out)
         written = [
-            target
-            if target is None or like is None or target.stride() == like.stride()
-            else torch.empty_like(like)
+            target.detach() if target is not None and like is not None and target.stride() == like.stride() else None
             for target, like in zip(targets, table.like, strict=True)
         ]
+        if not table.disjoint:
+            _check_disjoint(table, written)
+        written = [
+            torch.empty_like(like) if like is not None and place is None else place
+            for place, like in zip(written, table.like, strict=True)
+        ]
     dispatch.resolve(table.device, backend).combine_into(table, weights, group_list, written)
-    if written is not targets:
-        for target, result in zip(targets, written, strict=True):
-            if target is not None and result is not None and target is not result:
-                target.detach().copy_(result)
+    if out is not None:
+        _finish_out(targets, written)
     if table.dense:
         return out if isinstance(out, Tensor) else targets[0]  # type: ignore[return-value]
     return targets
@@ -329,7 +388,20 @@ def _solve(
         active = _per_task(active, gram, "active", torch.bool)
     if inputs is not None:
         inputs = _per_task(inputs, gram, "inputs", torch.float64)
+    if rng is not None:
+        rng = _check_rng(rng, gram)
     return dispatch.resolve(gram.device, backend).solve(solver, gram, active, rng, options, inputs, certified)
+
+
+def _check_rng(rng: Tensor, gram: Tensor) -> Tensor:
+    if not isinstance(rng, Tensor) or rng.dtype is not torch.int64:
+        found = rng.dtype if isinstance(rng, Tensor) else type(rng).__name__
+        raise TypeError(f"expected rng as an int64 tensor, found {found}; use rng_state(seed, step)")
+    if rng.shape != (2,):
+        raise ValueError(f"expected rng of shape [2], found {list(rng.shape)}; use rng_state(seed, step)")
+    if rng.device != gram.device:
+        raise ValueError(f"rng is on {rng.device}, the Gram matrix on {gram.device}; use rng_state(..., device=)")
+    return rng.contiguous()
 
 
 def _per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -342,16 +414,12 @@ def _per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Te
     num_tasks = gram.shape[-1]
     if values.shape == gram.shape[:-1] or values.shape == (num_tasks,):
         return values.detach().to(dtype).contiguous()
-    raise ValueError(
-        f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}"
-    )
+    raise ValueError(f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}")
 
 
 _library = torch.library.Library("mtl_kernels", "DEF")
 _library.define("gram(Tensor?[] rows, int num_tasks, int[]? groups, str? backend) -> Tensor")
-_library.define(
-    "combine(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, str? backend) -> Tensor[]"
-)
+_library.define("combine(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, str? backend) -> Tensor[]")
 _library.define(
     "combine_out(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, Tensor(a!)[] out, str? backend) -> ()"
 )
@@ -431,5 +499,5 @@ for _name, _impl, _fake in (
     ("solve", _solve_op, _solve_fake),
 ):
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    _library.impl(_name, _below_autograd(getattr(torch.ops.mtl_kernels, _name).default), "Autograd")
+    _library.impl(_name, _below_autograd(getattr(torch.ops.mtl_kernels, _name).default), "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"mtl_kernels::{_name}", _fake, lib=_library)

@@ -18,7 +18,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 """Row dtypes, and the numbers the compiled kernels know them by."""
 
 Row = Sequence[Tensor | None]
-Rows = "Tensor | Sequence[Row] | RowTable"
+
+_PLAIN = (Tensor,)
 
 
 def check_num_tasks(num_tasks: int) -> None:
@@ -26,20 +27,14 @@ def check_num_tasks(num_tasks: int) -> None:
     if not 1 <= num_tasks <= MAX_TASKS:
         raise ValueError(
             f"expected 1 to {MAX_TASKS} tasks, found {num_tasks}; "
-            + (
-                "pass at least one row"
-                if num_tasks < 1
-                else "combine the tasks in groups, or sum some of the losses"
-            )
+            + ("pass at least one row" if num_tasks < 1 else "combine the tasks in groups, or sum some of the losses")
         )
 
 
 def _check_dtype(tensor: Tensor, where: str) -> None:
     if tensor.dtype not in DTYPE_CODES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
-        raise TypeError(
-            f"{where} has dtype {tensor.dtype}; expected one of {names}: convert it with .to(dtype)"
-        )
+        raise TypeError(f"{where} has dtype {tensor.dtype}; expected one of {names}: convert it with .to(dtype)")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -62,6 +57,8 @@ class RowTable:
     Args:
         rows: a tensor ``[K, N]`` (any row stride), or K sequences of P tensors or ``None``; the tensors of one
             parameter share shape and dtype, all tensors share the device. Dtypes: float32, float64, bfloat16, float16.
+        disjoint: the caller knows that no two of the tensors share memory, so that `combine` need not look before it
+            writes to one of them.
 
     A parameter whose tensors are laid out alike and fill their memory (contiguous, channels-last, ...) is read in
     place. Only tensors for which that does not hold (expanded, sliced, of differing layouts) are made contiguous.
@@ -70,6 +67,8 @@ class RowTable:
         num_tasks: K. num_params: P. device: of every tensor.
         entries: K lists of P tensors or ``None``; for a dense table each row is ``[J[k]]``.
         dense: whether the rows were given as one tensor.
+        disjoint: as given.
+        plain: whether every tensor is a `torch.Tensor` proper, not of a subclass.
 
     Raises:
         TypeError: a row of another type, or of a dtype that is not supported.
@@ -77,15 +76,17 @@ class RowTable:
     """
 
     __slots__ = (
-        "num_tasks",
-        "num_params",
-        "device",
-        "entries",
-        "dense",
-        "like",
-        "_pointers",
-        "_numels",
         "_codes",
+        "_numels",
+        "_pointers",
+        "dense",
+        "device",
+        "disjoint",
+        "entries",
+        "like",
+        "num_params",
+        "num_tasks",
+        "plain",
     )
 
     num_tasks: int
@@ -93,10 +94,14 @@ class RowTable:
     device: torch.device
     entries: list[list[Tensor | None]]
     dense: bool
+    disjoint: bool
+    plain: bool
     like: list[Tensor | None]
     """Per parameter, the first task's tensor that is there: the model of its output."""
 
-    def __init__(self, rows: Tensor | Sequence[Row]) -> None:
+    def __init__(self, rows: Tensor | Sequence[Row], *, disjoint: bool = False) -> None:
+        self.disjoint = disjoint
+        self.plain = True
         self._pointers: list[int] | None = None
         self._numels: list[int] | None = None
         self._codes: list[int] | None = None
@@ -108,15 +113,14 @@ class RowTable:
 
     def _init_dense(self, matrix: Tensor) -> None:
         if matrix.dim() != 2:
-            raise ValueError(
-                f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient"
-            )
+            raise ValueError(f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient")
         if matrix.layout is not torch.strided:
             raise TypeError(f"expected a strided tensor, found layout {matrix.layout}: call .to_dense()")
         check_num_tasks(matrix.shape[0])
         _check_dtype(matrix, "the row matrix")
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             matrix = matrix.contiguous()
+        self.plain = type(matrix) in _PLAIN
         self.num_tasks, self.num_params = matrix.shape[0], 1
         self.device = matrix.device
         self.entries = [[row] for row in matrix.detach().resolve_neg().unbind(0)]
@@ -124,9 +128,7 @@ class RowTable:
 
     def _init_lists(self, rows: Sequence[Row]) -> None:
         if not isinstance(rows, Sequence):
-            raise TypeError(
-                f"expected a tensor [K, N] or K sequences of tensors, found {type(rows).__name__}"
-            )
+            raise TypeError(f"expected a tensor [K, N] or K sequences of tensors, found {type(rows).__name__}")
         check_num_tasks(len(rows))
         for k, row in enumerate(rows):
             if not isinstance(row, Sequence):
@@ -152,23 +154,22 @@ class RowTable:
                     "device, or combine each device's parameters on their own"
                 )
 
-    @staticmethod
-    def _column(column: list[Tensor | None], p: int) -> list[Tensor | None]:
+    def _column(self, column: list[Tensor | None], p: int) -> list[Tensor | None]:
         """The K entries of parameter p, checked and laid out alike."""
         like: Tensor | None = None
         for k, tensor in enumerate(column):
             if tensor is None:
                 continue
             if not isinstance(tensor, Tensor):
-                raise TypeError(
-                    f"row {k}, parameter {p} is a {type(tensor).__name__}; expected a tensor or None"
-                )
+                raise TypeError(f"row {k}, parameter {p} is a {type(tensor).__name__}; expected a tensor or None")
             if tensor.layout is not torch.strided:
                 raise TypeError(
                     f"row {k}, parameter {p} has layout {tensor.layout}; expected a dense tensor: call .to_dense()"
                 )
             if tensor.requires_grad:
                 tensor = column[k] = tensor.detach()
+            if type(tensor) not in _PLAIN:
+                self.plain = False
             if tensor.is_neg():
                 tensor = column[k] = tensor.resolve_neg()
             if like is None:

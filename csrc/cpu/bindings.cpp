@@ -1,5 +1,5 @@
-// The Python module _cpu: raw addresses and sizes in, nothing of torch. The caller has validated every argument and
-// keeps the memory alive.
+// The Python module _cpu: raw addresses and sizes in, nothing of torch. The caller has validated every
+// argument and keeps the memory alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -24,7 +24,8 @@ class Table {
   Table(std::vector<Address> pointers, std::vector<std::int64_t> numels, const std::vector<int>& codes,
         std::vector<std::int32_t> groups, int num_tasks)
       : pointers_(std::move(pointers)), numels_(std::move(numels)), groups_(std::move(groups)) {
-    if (num_tasks < 1 || num_tasks > mtl::kMaxTasks) throw std::invalid_argument("number of tasks out of range");
+    if (num_tasks < 1 || num_tasks > mtl::kMaxTasks)
+      throw std::invalid_argument("number of tasks out of range");
     if (pointers_.size() != num_tasks * numels_.size() || codes.size() != numels_.size() ||
         groups_.size() != numels_.size())
       throw std::invalid_argument("pointers, sizes, dtypes and groups do not fit together");
@@ -32,8 +33,9 @@ class Table {
       if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
       dtypes_.push_back(static_cast<mtl::DType>(code));
     }
-    rows_ = {num_tasks,      static_cast<std::int64_t>(numels_.size()), pointers_.data(), numels_.data(),
-             dtypes_.data(), groups_.data()};
+    rows_ = {num_tasks,        static_cast<std::int64_t>(numels_.size()),
+             pointers_.data(), numels_.data(),
+             dtypes_.data(),   groups_.data()};
   }
   Table(const Table&) = delete;
 
@@ -60,8 +62,8 @@ void gram(std::vector<Address> pointers, std::vector<std::int64_t> numels, const
 }
 
 void combine(std::vector<Address> pointers, std::vector<std::int64_t> numels, const std::vector<int>& codes,
-             std::vector<std::int32_t> groups, int num_tasks, Address weights, const std::vector<Address>& out,
-             int threads) {
+             std::vector<std::int32_t> groups, int num_tasks, Address weights,
+             const std::vector<Address>& out, int threads) {
   const Table table(std::move(pointers), std::move(numels), codes, std::move(groups), num_tasks);
   if (static_cast<std::int64_t>(out.size()) != table.rows().num_params)
     throw std::invalid_argument("one output per parameter expected");
@@ -73,9 +75,9 @@ void solve(const std::string& solver, std::int64_t batch, int num_tasks, Address
            std::int64_t active_stride, Address rng, const std::vector<double>& options, Address inputs,
            std::int64_t inputs_stride, Address weights, Address certificate, int threads) {
   py::gil_scoped_release release;
-  mtl::cpu::solve(solver, batch, num_tasks, at<const double>(gram), at<const unsigned char>(active), active_stride,
-                  at<const std::int64_t>(rng), options.data(), at<const double>(inputs), inputs_stride,
-                  at<double>(weights), at<double>(certificate), threads);
+  mtl::cpu::solve(solver, batch, num_tasks, at<const double>(gram), at<const unsigned char>(active),
+                  active_stride, at<const std::int64_t>(rng), options, at<const double>(inputs),
+                  inputs_stride, at<double>(weights), at<double>(certificate), threads);
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 
 namespace mtl::cpu {
 
-// Writes sum_k weights[group of p][k] * row k to out[p] for every parameter p; out[p] = 0 skips it. out[p] may be the
-// address of one of the rows; throws std::invalid_argument if it overlaps one in part.
+// Writes sum_k weights[group of p][k] * row k to out[p] for every parameter p; out[p] = 0 skips it. out[p]
+// may be the address of one of the parameter's rows, but may not overlap any other row or output.
 void combine(const RowTable& rows, const double* weights, const std::uintptr_t* out, int threads);
 
 }  // namespace mtl::cpu

@@ -1,14 +1,14 @@
 // The weighted sum of the rows over one segment of columns, on one thread.
 //
-// Up to eight rows are read side by side in one pass; more rows take several passes over a block of columns whose
-// sums stay in the first-level cache. Sums are double and rounded once, when they are written.
+// Up to eight rows are read side by side in one pass; more rows take several passes over a block of columns
+// whose sums stay in the first-level cache. Sums are double and rounded once, when they are written.
 #include "kernels.h"
 #include "simd.h"
 
 namespace mtl::cpu::MTL_ISA {
 namespace {
 
-constexpr int kPassRows = 8;        // row streams that the hardware prefetchers follow at once
+constexpr int kPassRows = 8;          // row streams that the hardware prefetchers follow at once
 constexpr std::int64_t kBlock = 512;  // columns whose sums stay in the first-level cache
 
 template <class T, int R>
@@ -83,7 +83,8 @@ void combine(int num_rows, const T** rows, const double* weights, std::int64_t n
 }
 
 template <class T>
-void combine(const RowTable& table, const Segment& segment, const double* weights, void* out, bool past_cache) {
+void combine(const RowTable& table, const Segment& segment, const double* weights, void* out,
+             bool past_cache) {
   const T* rows[kMaxTasks];
   double w[kMaxTasks];
   int num_rows = 0;
@@ -96,12 +97,9 @@ void combine(const RowTable& table, const Segment& segment, const double* weight
   if (num_rows == 0) return;
   T* to = static_cast<T*>(out) + segment.begin;
   std::int64_t n = segment.length;
-  if (!past_cache || num_rows * n == 0) {
-    combine<T, false>(num_rows, rows, w, n, to);
-    return;
-  }
   // Stores past the cache need whole aligned lines.
   const std::uintptr_t misaligned = reinterpret_cast<std::uintptr_t>(to) % kCacheLine;
+  if (!past_cache || misaligned % sizeof(T) != 0) return combine<T, false>(num_rows, rows, w, n, to);
   std::int64_t head = misaligned == 0 ? 0 : static_cast<std::int64_t>((kCacheLine - misaligned) / sizeof(T));
   if (head > n) head = n;
   if (head > 0) {

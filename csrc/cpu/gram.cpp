@@ -1,6 +1,7 @@
 #include "gram.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
@@ -32,13 +33,29 @@ double* thread_scratch(std::size_t doubles) {
   return scratch.get();
 }
 
-// Fewer columns than this are summed in double throughout: there is little to gain, and too few sums in float for
-// their rounding errors to cancel. Few rows are bound by memory, so their kernels use double at any length.
+// Fewer columns than this are summed in double throughout: there is little to gain, and too few sums in float
+// for their rounding errors to cancel. Few rows are bound by memory, so their kernels use double at any
+// length.
 constexpr std::int64_t kFloatColumns = 1 << 15;
 
-// Sums in float are trusted while the mean square of every row is within these: below, products underflow; above, they
-// overflow. A row of zeros cannot be told from one that underflowed.
+// Sums in float are trusted while the mean square of every row is within these: below, products underflow;
+// above, they overflow.
 constexpr double kSmallestMeanSquare = 1e-28, kLargestMeanSquare = 1e32;
+
+bool all_zero_bits(std::uintptr_t address, std::int64_t bytes) {
+  const char* p = reinterpret_cast<const char*>(address);
+  std::int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) {
+    std::uint64_t words[8];
+    std::memcpy(words, p + i, sizeof(words));
+    std::uint64_t any = 0;
+    for (std::uint64_t word : words) any |= word;
+    if (any != 0) return false;
+  }
+  for (; i < bytes; ++i)
+    if (p[i] != 0) return false;
+  return true;
+}
 
 class Gram {
  public:
@@ -85,19 +102,22 @@ class Gram {
       const double* total = totals_.data() + group * pairs_;
       for (int k = 0; k < rows_.num_tasks; ++k) {
         const double mean_square = total[k * (k + 3) / 2] / static_cast<double>(columns_[group]);
-        if (!(mean_square >= kSmallestMeanSquare && mean_square <= kLargestMeanSquare) && present(k, group))
-          return false;
+        if (mean_square >= kSmallestMeanSquare && mean_square <= kLargestMeanSquare) continue;
+        if (mean_square != 0 || !is_zero(k, group)) return false;
       }
     }
     return true;
   }
 
-  // Whether task k reaches any parameter of the group.
-  bool present(int k, int group) const {
-    for (std::int64_t p = 0; p < rows_.num_params; ++p)
-      if (rows_.groups[p] == group && rows_.numels[p] > 0 && rows_.pointers[k * rows_.num_params + p] != 0)
-        return true;
-    return false;
+  // Whether row k is absent or zero throughout the group, rather than so small that its squares underflowed.
+  bool is_zero(int k, int group) const {
+    for (std::int64_t p = 0; p < rows_.num_params; ++p) {
+      const std::uintptr_t row = rows_.pointers[k * rows_.num_params + p];
+      if (rows_.groups[p] == group && row != 0 &&
+          !all_zero_bits(row, rows_.numels[p] * item_size(rows_.dtypes[p])))
+        return false;
+    }
+    return true;
   }
 
   void write(double* out) const {

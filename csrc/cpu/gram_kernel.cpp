@@ -1,24 +1,26 @@
 // The Gram products of one chunk of columns, on one thread.
 //
 // Few rows: all products of a vector of columns are taken in one pass over the rows, in registers.
-// More rows: columns are taken in blocks. A block of every row is copied into a buffer that stays in cache, then
-// register tiles of rows x rows run over the buffer and meanwhile ask for the memory of the next block, so that memory
-// and arithmetic work at the same time.
+// More rows: columns are taken in blocks. A block of every row is copied into a buffer that stays in cache,
+// then register tiles of rows x rows run over the buffer and meanwhile ask for the memory of the next block,
+// so that memory and arithmetic work at the same time.
 //
-// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller finds that
-// this is accurate enough, in float over the columns of a block and in double from there on, at half the arithmetic.
-// Each pair of rows has one vector of sums, added up over its lanes at the end of the chunk.
+// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller
+// finds that this is accurate enough, in float over the columns of a block and in double from there on, at
+// half the arithmetic. Each pair of rows has one vector of sums, added up over its lanes at the end of the
+// chunk.
 #include "kernels.h"
 #include "simd.h"
 
 namespace mtl::cpu::MTL_ISA {
 namespace {
 
-constexpr int kTile = kLanes == 8 ? 5 : 3;    // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
+constexpr int kTile = kLanes == 8 ? 5 : 3;  // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
 constexpr int kDirect = kLanes == 8 ? 6 : 4;  // rows whose whole triangle fits the registers
 constexpr int kInPlace = 12;                  // rows of which a block stays in cache without a buffer
 constexpr int kStep = 16;                     // columns taken at a time
-constexpr std::int64_t kBlock = 64 * kLanes;  // columns of a block: at most 32 products a lane are summed in float
+constexpr std::int64_t kBlock =
+    64 * kLanes;  // columns of a block: at most 32 products a lane are summed in float
 constexpr std::int64_t kFirstLevelBytes = 48 << 10;
 constexpr std::int64_t kPad = 16;          // keeps equal columns of different rows out of one cache set
 constexpr std::int64_t kLookAhead = 2048;  // bytes by which the direct pass runs ahead of itself
@@ -30,8 +32,6 @@ std::int64_t block_columns(int num_tasks) {
   const std::int64_t bytes = kBlock * static_cast<std::int64_t>(sizeof(float)) * num_tasks;
   return bytes > kFirstLevelBytes && bytes / 2 <= kFirstLevelBytes ? kBlock / 2 : kBlock;
 }
-
-std::int64_t row_stride(int num_tasks) { return block_columns(num_tasks) + kPad; }
 
 // Vectors of the buffer's element type E.
 inline Vec load_as(const double*, const double* p) { return load(p); }
@@ -61,8 +61,8 @@ struct Prefetch {
   std::int64_t stride;
 };
 
-// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a == b) only
-// j <= i. Rows of element type T, sums over the tile in E.
+// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a ==
+// b) only j <= i. Rows of element type T, sums over the tile in E.
 template <class E, class T, int A, int B, bool kTriangle>
 void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t n, double* const* sums,
           const Prefetch& next) {
@@ -89,7 +89,8 @@ void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t
       }
     }
   }
-  // Through memory, where a vector of floats is two of doubles; widening in registers makes the compiler spill more.
+  // Through memory, where a vector of floats is two of doubles; widening in registers makes the compiler
+  // spill more.
   alignas(kCacheLine) E written[A][B][kWidth];
   MTL_UNROLL
   for (int i = 0; i < A; ++i) {
@@ -110,7 +111,8 @@ template <class T>
 using TileFunction = void (*)(const T* const*, const T* const*, std::int64_t, std::int64_t, double* const*,
                               const Prefetch&);
 
-// By the height of the tile; a tile below the diagonal is always kTile wide, because only the last one is short.
+// By the height of the tile; a tile below the diagonal is always kTile wide, because only the last one is
+// short.
 template <class E, class T>
 constexpr TileFunction<T> kBelow[] = {nullptr,
                                       tile<E, T, 1, kTile, false>,
@@ -132,8 +134,8 @@ struct Ahead {
   std::int64_t stride;
 };
 
-// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to `sums`, one
-// vector per pair of the lower triangle.
+// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to
+// `sums`, one vector per pair of the lower triangle.
 template <class E, class T>
 void multiply(int num_tasks, const T* const* rows, std::int64_t begin, std::int64_t n, double* sums,
               const Ahead& ahead) {
@@ -151,7 +153,8 @@ void multiply(int num_tasks, const T* const* rows, std::int64_t begin, std::int6
       // The tiles share the rows among them: tile t prefetches rows t, t + num_tiles, ...
       next.count = 0;
       for (int k = t; ahead.stride > 0 && k < num_tasks; k += num_tiles)
-        for (int line = 0; line < lines; ++line) next.stream[next.count++] = ahead.base[k] + line * kCacheLine;
+        for (int line = 0; line < lines; ++line)
+          next.stream[next.count++] = ahead.base[k] + line * kCacheLine;
       (j0 < i0 ? kBelow<E, T> : kDiagonal<E, T>)[height](rows + i0, rows + j0, begin, n, row_sums, next);
     }
   }
@@ -204,18 +207,24 @@ void direct(int num_tasks, const T* const* rows, std::int64_t n, double* sums) {
   }
 }
 
-// The state of one chunk: its sums, and the block that is being filled.
+// The state of one chunk. Work goes on over the rows that are present in the current parameter: an absent row
+// takes no part, so that it stays a row of zeros whatever the others hold. Their sums are added to the
+// chunk's when another set of rows becomes present.
 class ChunkGram {
  public:
-  ChunkGram(const RowTable& rows, bool in_float, double* scratch)
-      : rows_(rows), K_(rows.num_tasks), block_(block_columns(K_)), stride_(row_stride(K_)), in_float_(in_float) {
-    sums_ = scratch;
-    buffer_ = scratch + num_pairs(K_) * kLanes;
-    for (std::size_t i = 0; i < num_pairs(K_) * kLanes; ++i) sums_[i] = 0;
+  ChunkGram(const RowTable& table, bool in_float, double* scratch)
+      : table_(table), in_float_(in_float), total_(scratch) {
+    sums_ = total_ + num_pairs(table.num_tasks) * kLanes;
+    buffer_ = sums_ + num_pairs(table.num_tasks) * kLanes;
+    for (std::size_t i = 0; i < num_pairs(table.num_tasks) * kLanes; ++i) total_[i] = 0;
   }
 
   void add(const Segment& segment) {
-    switch (rows_.dtypes[segment.param]) {
+    if (!same_rows(segment.param)) {
+      leave_rows();
+      enter_rows(segment.param);
+    }
+    switch (table_.dtypes[segment.param]) {
       case DType::kFloat32:
         return add<float>(segment);
       case DType::kFloat64:
@@ -228,23 +237,53 @@ class ChunkGram {
   }
 
   void finish(double* partial) {
-    flush();
-    for (std::size_t pair = 0; pair < num_pairs(K_); ++pair) partial[pair] = sum(load(sums_ + pair * kLanes));
+    leave_rows();
+    for (std::size_t pair = 0; pair < num_pairs(table_.num_tasks); ++pair)
+      partial[pair] = sum(load(total_ + pair * kLanes));
   }
 
  private:
+  std::uintptr_t address(int task, std::int64_t param) const {
+    return table_.pointers[task * table_.num_params + param];
+  }
+
+  bool same_rows(std::int64_t param) const {
+    int next = 0;
+    for (int k = 0; k < table_.num_tasks; ++k) {
+      const bool is_present = next < K_ && task_[next] == k;
+      if (is_present != (address(k, param) != 0)) return false;
+      next += is_present;
+    }
+    return true;
+  }
+
+  void enter_rows(std::int64_t param) {
+    K_ = 0;
+    for (int k = 0; k < table_.num_tasks; ++k)
+      if (address(k, param) != 0) task_[K_++] = k;
+    for (std::size_t i = 0; i < num_pairs(K_) * kLanes; ++i) sums_[i] = 0;
+    block_ = block_columns(K_);
+  }
+
+  void leave_rows() {
+    flush();
+    for (int i = 0; i < K_; ++i) {
+      for (int j = 0; j <= i; ++j) {
+        double* total = total_ + (num_pairs(task_[i]) + task_[j]) * kLanes;
+        store(total, load(total) + load(sums_ + (num_pairs(i) + j) * kLanes));
+      }
+    }
+    K_ = 0;
+  }
+
   template <class T>
   void add(const Segment& segment) {
     const T* row[kMaxTasks];
-    bool complete = true;
-    for (int k = 0; k < K_; ++k) {
-      const T* base = reinterpret_cast<const T*>(rows_.pointers[k * rows_.num_params + segment.param]);
-      row[k] = base == nullptr ? nullptr : base + segment.begin;
-      complete = complete && base != nullptr;
-    }
-    if (K_ <= kDirect && complete && segment.length >= kBlock / 2) return direct(K_, row, segment.length, sums_);
+    for (int i = 0; i < K_; ++i)
+      row[i] = reinterpret_cast<const T*>(address(task_[i], segment.param)) + segment.begin;
+    if (K_ <= kDirect && segment.length >= kBlock / 2) return direct(K_, row, segment.length, sums_);
     if constexpr (sizeof(T) < sizeof(double)) {
-      if (in_float_ && complete && K_ <= kInPlace) return in_place<float>(row, segment.length);
+      if (in_float_ && K_ <= kInPlace) return in_place<float>(row, segment.length);
       if (in_float_) return append<float>(row, segment.length);
     }
     append<double>(row, segment.length);
@@ -258,13 +297,13 @@ class ChunkGram {
       const std::int64_t left = (length - c) / kStep * kStep;
       const std::int64_t n = left < kBlock ? left : kBlock;
       ahead.stride = left > n ? sizeof(T) : 0;
-      for (int k = 0; k < K_; ++k) ahead.base[k] = reinterpret_cast<const char*>(row[k] + c + n);
+      for (int i = 0; i < K_; ++i) ahead.base[i] = reinterpret_cast<const char*>(row[i] + c + n);
       multiply<E>(K_, row, c, n, sums_, ahead);
       c += n;
     }
     if (c < length) {
       const T* rest[kMaxTasks];
-      for (int k = 0; k < K_; ++k) rest[k] = row[k] + c;
+      for (int i = 0; i < K_; ++i) rest[i] = row[i] + c;
       append<E>(rest, length - c);
     }
   }
@@ -277,36 +316,17 @@ class ChunkGram {
     E* buffer = reinterpret_cast<E*>(buffer_);
     for (std::int64_t done = 0; done < length;) {
       const std::int64_t n = length - done < block_ - filled_ ? length - done : block_ - filled_;
-      for (int k = 0; k < K_; ++k) {
-        E* to = buffer + k * stride_ + filled_;
-        if (row[k] != nullptr) {
-          copy(row[k] + done, n, to);
-        } else {
-          for (std::int64_t c = 0; c < n; ++c) to[c] = 0;
-        }
-      }
+      for (int i = 0; i < K_; ++i) copy(row[i] + done, n, buffer + i * stride() + filled_);
       done += n;
       filled_ += n;
       if (filled_ == block_) {
         Ahead ahead;
         ahead.stride = done < length ? sizeof(T) : 0;
-        for (int k = 0; k < K_; ++k) ahead.base[k] = reinterpret_cast<const char*>(row[k] + done);
+        for (int i = 0; i < K_; ++i) ahead.base[i] = reinterpret_cast<const char*>(row[i] + done);
         multiply<E>(K_, rows_of(buffer), 0, block_, sums_, ahead);
         filled_ = 0;
       }
     }
-  }
-
-  template <class E>
-  void flush_as() {
-    E* buffer = reinterpret_cast<E*>(buffer_);
-    const std::int64_t padded = (filled_ + kStep - 1) / kStep * kStep;
-    for (int k = 0; k < K_; ++k)
-      for (std::int64_t c = filled_; c < padded; ++c) buffer[k * stride_ + c] = 0;
-    Ahead nothing;
-    nothing.stride = 0;
-    multiply<E>(K_, rows_of(buffer), 0, padded, sums_, nothing);
-    filled_ = 0;
   }
 
   void flush() {
@@ -318,26 +338,41 @@ class ChunkGram {
   }
 
   template <class E>
+  void flush_as() {
+    E* buffer = reinterpret_cast<E*>(buffer_);
+    const std::int64_t padded = (filled_ + kStep - 1) / kStep * kStep;
+    for (int i = 0; i < K_; ++i)
+      for (std::int64_t c = filled_; c < padded; ++c) buffer[i * stride() + c] = 0;
+    Ahead nothing;
+    nothing.stride = 0;
+    multiply<E>(K_, rows_of(buffer), 0, padded, sums_, nothing);
+    filled_ = 0;
+  }
+
+  template <class E>
   const E* const* rows_of(const E* buffer) {
-    for (int k = 0; k < K_; ++k) buffer_rows_[k] = buffer + k * stride_;
+    for (int i = 0; i < K_; ++i) buffer_rows_[i] = buffer + i * stride();
     return reinterpret_cast<const E* const*>(buffer_rows_);
   }
 
-  const void* buffer_rows_[kMaxTasks];
-  const RowTable& rows_;
-  const int K_;
-  const std::int64_t block_, stride_;
+  std::int64_t stride() const { return block_ + kPad; }
+
+  const RowTable& table_;
   const bool in_float_;
-  double* sums_;
+  double* const total_;  // a vector per pair of all tasks
+  double* sums_;         // a vector per pair of the present ones
   double* buffer_;
-  std::int64_t filled_ = 0;
+  int K_ = 0;  // present rows, and which tasks they are
+  int task_[kMaxTasks];
+  std::int64_t block_ = 0, filled_ = 0;
   bool block_in_float_ = false;
+  const void* buffer_rows_[kMaxTasks];
 };
 
 }  // namespace
 
 std::size_t gram_scratch(int num_tasks) {
-  return num_pairs(num_tasks) * kLanes + static_cast<std::size_t>(num_tasks * row_stride(num_tasks));
+  return 2 * num_pairs(num_tasks) * kLanes + static_cast<std::size_t>(num_tasks * (kBlock + kPad));
 }
 
 void gram_chunk(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,

@@ -22,7 +22,8 @@ const Kernels* find(const char* name) {
       {&baseline::kernels, true},
   };
   for (const Choice& choice : choices)
-    if (choice.supported && (name == nullptr || std::strcmp(name, choice.kernels->name) == 0)) return choice.kernels;
+    if (choice.supported && (name == nullptr || std::strcmp(name, choice.kernels->name) == 0))
+      return choice.kernels;
   return nullptr;
 }
 

@@ -15,12 +15,13 @@ struct Kernels {
 
   // Doubles of scratch that gram_chunk needs for K tasks.
   std::size_t (*gram_scratch)(int num_tasks);
-  // Writes the K (K + 1) / 2 products of the rows over the chunk's columns to `partial`, row by row of the lower
-  // triangle. `in_float` allows sums of up to 32 products in float. `scratch` is aligned to a cache line.
+  // Writes the K (K + 1) / 2 products of the rows over the chunk's columns to `partial`, row by row of the
+  // lower triangle. `in_float` allows sums of up to 32 products in float. `scratch` is aligned to a cache
+  // line.
   void (*gram_chunk)(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,
                      double* scratch, double* partial);
-  // Writes sum_k weights[k] * row k over the segment's columns to out. `past_cache` stores around the caches; never
-  // where out is one of the rows.
+  // Writes sum_k weights[k] * row k over the segment's columns to out. `past_cache` stores around the caches;
+  // never where out is one of the rows.
   void (*combine_segment)(const RowTable& rows, const Segment& segment, const double* weights, void* out,
                           bool past_cache);
 };

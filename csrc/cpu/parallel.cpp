@@ -13,8 +13,8 @@
 namespace mtl::cpu::detail {
 namespace {
 
-// How long an idle worker watches for the next loop before it sleeps: gram, solve and combine follow each other within
-// this time, and a sleeping thread costs tens of microseconds to wake.
+// How long an idle worker watches for the next loop before it sleeps: gram, solve and combine follow each
+// other within this time, and a sleeping thread costs tens of microseconds to wake.
 constexpr auto kSpin = std::chrono::microseconds(30);
 
 inline void relax() {
@@ -66,7 +66,8 @@ class Pool {
     std::uint64_t seen = 0;
     for (;;) {
       const auto deadline = std::chrono::steady_clock::now() + kSpin;
-      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < deadline)
+      while (generation_.load(std::memory_order_acquire) == seen &&
+             std::chrono::steady_clock::now() < deadline)
         relax();
       Body body;
       void* context;

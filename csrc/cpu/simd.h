@@ -1,8 +1,8 @@
 // A vector of doubles, a vector of floats, and their conversions from and to the four row dtypes.
 //
-// Every file that includes this is compiled once per instruction set, with MTL_ISA naming the set; everything in here
-// lives in a namespace of that name, so that the linker can never pick another set's copy of an inline function.
-// For the same reason these files use nothing from the C++ library but plain types.
+// Every file that includes this is compiled once per instruction set, with MTL_ISA naming the set; everything
+// in here lives in a namespace of that name, so that the linker can never pick another set's copy of an
+// inline function. For the same reason these files use nothing from the C++ library but plain types.
 #pragma once
 
 #include <cstddef>
@@ -85,7 +85,8 @@ inline VecF load_floats(const Float16* p) {
 }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 inline void store(Float16* p, Vec v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(_mm512_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(_mm512_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
 }
 // Past the caches; p must be aligned to the size of what is written.
 inline void stream(double* p, Vec v) { _mm512_stream_pd(p, v); }
@@ -111,7 +112,8 @@ inline VecF load_floats(const Float16* p) {
 }
 inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 inline void store(Float16* p, Vec v) {
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(_mm256_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
+                   _mm_cvtps_ph(_mm256_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
 }
 inline void stream(double* p, Vec v) { _mm256_stream_pd(p, v); }
 inline void stream(float* p, Vec v) { _mm_stream_ps(p, _mm256_cvtpd_ps(v)); }
@@ -119,8 +121,8 @@ inline void stream_fence() { _mm_sfence(); }
 
 #else
 
-// IEEE half to single: shift the fields into place and let a multiplication by 2^112 rebias the exponent; it is exact
-// for subnormals too. Infinities and NaNs have to be widened by hand.
+// IEEE half to single: shift the fields into place and let a multiplication by 2^112 rebias the exponent; it
+// is exact for subnormals too. Infinities and NaNs have to be widened by hand.
 inline float half_to_float(std::uint16_t h) {
   const std::uint32_t magnitude = static_cast<std::uint32_t>(h & 0x7fffu) << 13;
   float x = bit_cast<float>(magnitude) * 0x1p112f;

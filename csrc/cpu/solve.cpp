@@ -22,12 +22,18 @@ void solve_one(Problem problem) {
   Solver::solve(SerialTeam{}, problem);
 }
 
-using SolveOne = void (*)(Problem);
+struct Entry {
+  void (*solve)(Problem) = nullptr;
+  std::size_t num_options = 0;
+  bool (*needs_rng)(const double*) = nullptr;
+};
 
 template <class... Solvers>
-SolveOne find(const std::string& name, SolverList<Solvers...>) {
-  SolveOne found = nullptr;
-  ((name == Solvers::name ? void(found = solve_one<Solvers>) : void()), ...);
+Entry find(const std::string& name, SolverList<Solvers...>) {
+  Entry found;
+  ((name == Solvers::name ? void(found = {solve_one<Solvers>, Solvers::num_options, Solvers::needs_rng})
+                          : void()),
+   ...);
   return found;
 }
 
@@ -35,10 +41,16 @@ SolveOne find(const std::string& name, SolverList<Solvers...>) {
 
 void solve(const std::string& name, std::int64_t batch, int num_tasks, const double* gram,
            const unsigned char* active, std::int64_t active_stride, const std::int64_t* rng,
-           const double* options, const double* inputs, std::int64_t inputs_stride, double* weights,
-           double* certificate, int threads) {
-  const SolveOne solve_problem = find(name, AllSolvers{});
-  if (solve_problem == nullptr) throw std::invalid_argument("unknown solver '" + name + "'");
+           const std::vector<double>& options, const double* inputs, std::int64_t inputs_stride,
+           double* weights, double* certificate, int threads) {
+  const Entry solver = find(name, AllSolvers{});
+  if (solver.solve == nullptr) throw std::invalid_argument("unknown solver '" + name + "'");
+  if (options.size() != solver.num_options) {
+    throw std::invalid_argument("solver '" + name + "' takes " + std::to_string(solver.num_options) +
+                                " options, found " + std::to_string(options.size()));
+  }
+  if (rng == nullptr && solver.needs_rng(options.data()))
+    throw std::invalid_argument("solver '" + name + "' needs an rng state with these options");
   if (num_tasks < 1 || num_tasks > kMaxTasks) {
     throw std::invalid_argument("expected 1 to " + std::to_string(kMaxTasks) + " tasks, found " +
                                 std::to_string(num_tasks));
@@ -51,12 +63,12 @@ void solve(const std::string& name, std::int64_t batch, int num_tasks, const dou
     problem.active = active == nullptr ? nullptr : active + index * active_stride;
     problem.rng = rng;
     problem.index = index;
-    problem.options = options;
+    problem.options = options.data();
     problem.inputs = inputs == nullptr ? nullptr : inputs + index * inputs_stride;
     problem.weights = weights + index * num_tasks;
     double unwanted[2];
     problem.certificate = certificate == nullptr ? unwanted : certificate + index * 2;
-    solve_problem(problem);
+    solver.solve(problem);
   });
 }
 

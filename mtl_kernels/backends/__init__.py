@@ -27,7 +27,7 @@ class Backend(Protocol):
     def combine_into(
         self, table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
     ) -> None:
-        """Writes sum_k weights[group, k] * rows[k][p] to ``out[p]``; weights float64 ``[S, K]`` contiguous."""
+        """Writes sum_k weights[group, k] * rows[k][p] to ``out[p]``; weights contiguous float64 ``[S, K]``."""
 
     def solve(
         self,

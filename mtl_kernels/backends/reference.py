@@ -35,18 +35,12 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     out.copy_(out.tril() + lower.mT)
 
 
-def combine_into(
-    table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
-) -> None:
+def combine_into(table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]) -> None:
     """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]`` for every parameter that a task reaches."""
     for p, target in enumerate(out):
         if target is None:
             continue
-        column = [
-            (weights[groups[p], k], _flat(row[p]))
-            for k, row in enumerate(table.entries)
-            if row[p] is not None
-        ]
+        column = [(weights[groups[p], k], _flat(row[p])) for k, row in enumerate(table.entries) if row[p] is not None]
         flat = _flat(target)
         for begin in range(0, flat.numel(), BLOCK):
             end = begin + BLOCK
@@ -72,6 +66,8 @@ def solve(
     """Runs the PyTorch form of a solver on ``gram`` float64 ``[..., K, K]``, flattened to one batch dimension."""
     from ..solvers import REFERENCE
 
+    if solver not in REFERENCE:
+        raise ValueError(f"unknown solver {solver!r}; expected one of {', '.join(REFERENCE)}")
     lead, num_tasks = gram.shape[:-2], gram.shape[-1]
     if active is None:
         active = torch.ones((), dtype=torch.bool, device=gram.device)

@@ -51,9 +51,7 @@ def min_norm_weights(
     """
     if solver not in ("exact", "frank_wolfe"):
         raise ValueError(f'expected solver "exact" or "frank_wolfe", found {solver!r}')
-    if max_iters is not None and (
-        isinstance(max_iters, bool) or not isinstance(max_iters, int) or max_iters < 1
-    ):
+    if max_iters is not None and (isinstance(max_iters, bool) or not isinstance(max_iters, int) or max_iters < 1):
         raise ValueError(f"expected max_iters as a positive integer or None, found {max_iters!r}")
     if tol is not None and (isinstance(tol, bool) or not isinstance(tol, int | float) or not tol >= 0):
         raise ValueError(f"expected tol as a number >= 0 or None, found {tol!r}")
@@ -131,9 +129,7 @@ def _frank_wolfe(problems: Problems, max_iters: int, tol: float) -> tuple[Tensor
         if _all(done):
             break
         corner = squares.gather(-1, vertex.unsqueeze(-1)).squeeze(-1)
-        step = torch.where(
-            least >= corner, torch.ones_like(value), (value - least) / (value - 2 * least + corner)
-        )
+        step = torch.where(least >= corner, torch.ones_like(value), (value - least) / (value - 2 * least + corner))
         step = torch.where(done, torch.zeros_like(step), step).unsqueeze(-1)
         row = gram.gather(-2, vertex.view(-1, 1, 1).expand(-1, 1, num_tasks)).squeeze(-2)
         weights = (1 - step) * weights + step * _one_hot(vertex, num_tasks)
@@ -201,9 +197,7 @@ def _wolfe(problems: Problems, max_iters: int, tol: float) -> tuple[Tensor, Tens
         violated = solvable & ~support & ~entered & (residual < -allowed)
         gap = torch.where(violated, -residual / a, zero).amax(-1)
         worst = _least(residual, violated)[1]
-        done = done | (
-            due & (~violated.any(-1) | (gap * least_a * least_a <= tol) | (iterations >= max_iters))
-        )
+        done = done | (due & (~violated.any(-1) | (gap * least_a * least_a <= tol) | (iterations >= max_iters)))
         if _all(done):
             break
         begin = due & ~done
@@ -226,9 +220,7 @@ def _wolfe(problems: Problems, max_iters: int, tol: float) -> tuple[Tensor, Tens
         pivot = diagonal + (column * solved[..., 1]).sum(-1)
         along_kernel = (has_entering & ~(pivot > floor)).unsqueeze(-1)
         amount = (entering_a - (column * minimizer).sum(-1)) / pivot
-        minimizer = torch.where(
-            has_entering.unsqueeze(-1), minimizer + kernel * amount.unsqueeze(-1), minimizer
-        )
+        minimizer = torch.where(has_entering.unsqueeze(-1), minimizer + kernel * amount.unsqueeze(-1), minimizer)
         minimizer = minimizer / (a * minimizer).sum(-1, keepdim=True)
 
         target = torch.where(along_kernel, kernel, minimizer)

@@ -48,29 +48,10 @@ def pcgrad_weights(
         raise ValueError(f'expected order "random" or "fixed", found {order!r}')
     if reduction not in ("sum", "mean"):
         raise ValueError(f'expected reduction "sum" or "mean", found {reduction!r}')
-    if rng is not None:
-        rng = _check_rng(rng, gram)
-    if order == "fixed":
-        rng = None
-    elif rng is None and isinstance(gram, Tensor):
+    if order == "random" and rng is None and isinstance(gram, Tensor):
         rng = torch.randint(1 << 62, (2,), dtype=torch.int64, device=gram.device)
     options = (1.0 if order == "random" else 0.0, 1.0 if reduction == "mean" else 0.0)
-    return ops.solve(
-        "pcgrad", gram, options=options, active=active, rng=rng, certified=False, backend=backend
-    )[0]
-
-
-def _check_rng(rng: Tensor, gram: Tensor) -> Tensor:
-    if not isinstance(rng, Tensor) or rng.dtype is not torch.int64:
-        found = rng.dtype if isinstance(rng, Tensor) else type(rng).__name__
-        raise TypeError(f"expected rng as an int64 tensor, found {found}; use rng_state(seed, step)")
-    if rng.shape != (2,):
-        raise ValueError(f"expected rng of shape [2], found {list(rng.shape)}; use rng_state(seed, step)")
-    if isinstance(gram, Tensor) and rng.device != gram.device:
-        raise ValueError(
-            f"rng is on {rng.device}, the Gram matrix on {gram.device}; use rng_state(..., device=)"
-        )
-    return rng.contiguous()
+    return ops.solve_weights("pcgrad", gram, options=options, active=active, rng=rng, backend=backend)
 
 
 def reference(
@@ -78,12 +59,14 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """`pcgrad_weights` in PyTorch, for a batch; options: (random, mean). All tasks visit at the same time."""
     random, mean = options
+    if random and rng is None:
+        raise ValueError("a random order needs an rng state")
     problems = prepare(gram, active)
     gram = problems.gram
     batch, num_tasks, _ = gram.shape
     last = torch.full((), 1 << 32, dtype=torch.int64, device=gram.device)
     keys = torch.arange(num_tasks, device=gram.device).expand(gram.shape)
-    if random and rng is not None:
+    if rng is not None and random:
         keys = order_keys(rng, batch, num_tasks)
     itself = torch.eye(num_tasks, dtype=torch.bool, device=gram.device)
     keys, visits = torch.where(itself | ~active.unsqueeze(-2), last, keys).sort(dim=-1)

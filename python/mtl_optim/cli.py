@@ -48,8 +48,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     info = commands.add_parser(
         "info",
         help="show versions, backends, CPU features and threads",
-        description="Shows the version, torch, every backend with the reason if it is missing, CPU features, "
-        "threads.",
+        description="Shows the version, torch, every backend with the reason if it is missing, CPU features, threads.",
     )
     demo = commands.add_parser(
         "demo",
@@ -84,7 +83,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )  # fmt: skip
     demo.add_argument(
         "--threads", type=int, default=Options.threads, metavar="N",
-        help="threads of torch and of the kernels (default: as torch chooses)",
+        help="threads of torch and of the kernels (default: one less than torch would use, 1 to 4)",
     )  # fmt: skip
     demo.add_argument(
         "--backend", default=Options.backend, metavar="NAME",

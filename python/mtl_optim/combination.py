@@ -60,7 +60,7 @@ class Combiner:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
-        table = RowTable([[row[p] for p in shared] for row in rows])
+        table = RowTable([[row[p] for p in shared] for row in rows], disjoint=True)
         kernel_groups = None if self.granularity == "model" else groups
         gram = mtl_kernels.gram(table, groups=kernel_groups)
         mask = self._mask(pattern, gram.device)
@@ -71,9 +71,7 @@ class Combiner:
         for p, grad in zip(shared, combined, strict=True):
             grads[p] = grad
         if self.head_scaling == "weights":
-            problem_of = (
-                {problem: s for s, problem in enumerate(problems)} if self.granularity == "group" else {}
-            )
+            problem_of = {problem: s for s, problem in enumerate(problems)} if self.granularity == "group" else {}
             _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], solution.weights, active)
         report = Report(tasks, gram, solution.weights, active, solution.gap, solution.iterations, problems)
         return Combined(grads, owner, report)

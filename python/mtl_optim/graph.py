@@ -39,9 +39,7 @@ def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
         else:
             found.others.extend(wanted)
     if not found.managed:
-        raise ValueError(
-            "no parameter to combine gradients of: none requires grad in a param group without mtl=False"
-        )
+        raise ValueError("no parameter to combine gradients of: none requires grad in a param group without mtl=False")
     devices = {param.device for param in found.managed}
     if len(devices) > 1:
         raise ValueError(

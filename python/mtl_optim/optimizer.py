@@ -247,9 +247,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """
         self._check_idle("combine()")
         if not self._pending.rows:
-            raise RuntimeError(
-                "there is nothing to combine; capture tasks with opt.task(name) or backward() first"
-            )
+            raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
         parameters, pending = select_parameters(self.param_groups), self._pending
         pending.check_params(parameters.managed)
         combined = self._combine_rows(self._tasks, pending.rows, pending.losses, parameters)
@@ -387,15 +385,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
             )
             self.optimizer.load_state_dict(state_dict)
         else:
-            validate.check_saved(
-                saved, _STATE_VERSION, self.method, self._tasks if self._fixed_tasks else None
-            )
+            validate.check_saved(saved, _STATE_VERSION, self.method, self._tasks if self._fixed_tasks else None)
             reusable = (
                 None
                 if saved["refresh"] is None
-                else Reusable.from_state_dict(
-                    saved["refresh"], select_parameters(self.param_groups).managed[0].device
-                )
+                else Reusable.from_state_dict(saved["refresh"], select_parameters(self.param_groups).managed[0].device)
             )
             before = self.method.state_dict()
             self.method.load_state_dict(saved["state"])
@@ -429,22 +423,16 @@ class MultiTaskOptimizer(OptimizerWrapper):
 
     def _check_idle(self, what: str) -> None:
         if self._block is not None:
-            raise RuntimeError(
-                f"{what} inside the block of opt.task({self._block.name!r}); leave the block first"
-            )
+            raise RuntimeError(f"{what} inside the block of opt.task({self._block.name!r}); leave the block first")
 
     def _with_tasks(self, names: Sequence[str] | Mapping[str, Tensor]) -> tuple[str, ...]:
         """The known task names and those of ``names`` that are new."""
         new = [name for name in names if name not in self._tasks]
         if new and self._fixed_tasks:
-            raise ValueError(
-                f"unknown task {new[0]!r}; this optimizer was built with tasks={list(self._tasks)}"
-            )
+            raise ValueError(f"unknown task {new[0]!r}; this optimizer was built with tasks={list(self._tasks)}")
         tasks = (*self._tasks, *new)
         if len(tasks) > MAX_TASKS:
-            raise ValueError(
-                f"{len(tasks)} task names seen, at most {MAX_TASKS} are supported; are names made anew?"
-            )
+            raise ValueError(f"{len(tasks)} task names seen, at most {MAX_TASKS} are supported; are names made anew?")
         return tasks
 
     def _inspect(self, named: Mapping[str, Tensor], parameters: Parameters) -> None:
@@ -481,9 +469,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         values = stack_losses(losses, tasks, parameters.managed[0].device) if needed else None
         absent: Row = [None] * len(parameters.managed)
         with torch.no_grad():
-            return self._combiner(
-                tasks, [rows.get(name, absent) for name in tasks], parameters.group_of, values
-            )
+            return self._combiner(tasks, [rows.get(name, absent) for name in tasks], parameters.group_of, values)
 
     def _finish(self, combined: Combined, present: list[str], managed: Sequence[Tensor]) -> None:
         """Hands the gradients over, and keeps what later steps may reuse."""
@@ -496,9 +482,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         if self.refresh_every > 1:
             self._reusable = Reusable.of(combined, present)
 
-    def _backward_reusing(
-        self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool
-    ) -> bool:
+    def _backward_reusing(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
         last, managed = self._reusable, parameters.managed
         if (

@@ -47,12 +47,10 @@ class Pending:
     def check_params(self, params: Sequence[Tensor]) -> None:
         """Raise RuntimeError if the rows were captured over other parameters."""
         if self.rows and not (
-            len(self._params) == len(params)
-            and all(a is b for a, b in zip(self._params, params, strict=True))
+            len(self._params) == len(params) and all(a is b for a, b in zip(self._params, params, strict=True))
         ):
             raise RuntimeError(
-                "the parameters that require grad changed since tasks were captured; call zero_grad() and "
-                "capture again"
+                "the parameters that require grad changed since tasks were captured; call zero_grad() and capture again"
             )
 
     def take(self, name: str, params: Sequence[Tensor], previous: Row | None) -> Row:
@@ -79,8 +77,7 @@ class Pending:
         if versions != self.versions():
             self.clear()
             warnings.warn(
-                "an error interrupted the accumulation into captured rows: all rows of this step were "
-                "dropped",
+                "an error interrupted the accumulation into captured rows: all rows of this step were dropped",
                 UserWarning,
                 stacklevel=4,
             )

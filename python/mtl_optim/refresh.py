@@ -61,9 +61,7 @@ class Reusable:
             of them may miss others.
         """
         losses = [named[name] for name in self.present]
-        scales = [
-            self.weights[k].to(loss.device, loss.dtype).reshape(loss.shape) for k, loss in enumerate(losses)
-        ]
+        scales = [self.weights[k].to(loss.device, loss.dtype).reshape(loss.shape) for k, loss in enumerate(losses)]
         weighted_ids = {
             id(p) for p, k in zip(parameters.managed, self.owner, strict=True) if k is None or not plain_heads
         }
@@ -71,9 +69,7 @@ class Reusable:
         plain = [leaf for leaf in leaves if id(leaf) not in weighted_ids]
         weighted = [leaf for leaf in leaves if id(leaf) in weighted_ids]
         backward = functools.partial(torch.autograd.backward, losses)
-        if hides and not {id(p) for p in (*parameters.managed, *parameters.others)} <= {
-            id(leaf) for leaf in leaves
-        }:
+        if hides and not {id(p) for p in (*parameters.managed, *parameters.others)} <= {id(leaf) for leaf in leaves}:
             return None
         if not plain:
             return [functools.partial(backward, scales)]

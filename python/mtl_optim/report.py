@@ -57,9 +57,7 @@ class Report:
 
     def summary(self) -> str:
         """A table for reading; copies the numbers to the host."""
-        lines = [
-            f"{len(self.tasks)} tasks, {100 * float(self.conflict_fraction):.0f}% of the pairs in conflict"
-        ]
+        lines = [f"{len(self.tasks)} tasks, {100 * float(self.conflict_fraction):.0f}% of the pairs in conflict"]
         if self.age:
             lines[0] += f", weights {self.age} step(s) old"
         gram, weights = self.gram, self.weights

@@ -39,9 +39,7 @@ def named_losses(losses: Any) -> dict[str, Tensor]:
             f"expected a list, tuple or dict of scalar losses, or a tensor [K], found {type(losses).__name__}"
         )
     if not named:
-        raise ValueError(
-            "expected at least one loss, found none; leave out backward() when no task is present"
-        )
+        raise ValueError("expected at least one loss, found none; leave out backward() when no task is present")
     if len(named) > MAX_TASKS:
         raise ValueError(f"expected at most {MAX_TASKS} losses, found {len(named)}; sum some of them")
     first_name: dict[int, str] = {}
@@ -96,9 +94,7 @@ def task_names(tasks: Iterable[str] | None) -> tuple[str, ...]:
     for name in names:
         check_task_name(name)
     if not names:
-        raise ValueError(
-            "expected at least one name in tasks, found none; tasks=None takes names as they appear"
-        )
+        raise ValueError("expected at least one name in tasks, found none; tasks=None takes names as they appear")
     if len(set(names)) != len(names):
         raise ValueError(f"expected distinct names in tasks, found {list(names)}")
     if len(names) > MAX_TASKS:
@@ -124,19 +120,13 @@ def check_param_groups(groups: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _is_dtensor(tensor: object) -> bool:
-    return any(
-        cls.__name__ == "DTensor" and cls.__module__.startswith("torch.") for cls in type(tensor).__mro__
-    )
+    return any(cls.__name__ == "DTensor" and cls.__module__.startswith("torch.") for cls in type(tensor).__mro__)
 
 
 def check_single_rank() -> None:
     """Raise RuntimeError in a distributed run."""
     distributed = torch.distributed
-    if (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and (ranks := distributed.get_world_size()) > 1
-    ):
+    if distributed.is_available() and distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
         raise RuntimeError(
             f"this process is one of {ranks} ranks, and gradients across ranks are not handled in this "
             "version: the Gram matrix of one rank's gradients is not that of the mean gradient, so every "

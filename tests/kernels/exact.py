@@ -1,4 +1,4 @@
-"""Row tables to test with, and what the kernels must find for them, summed without rounding error in plain Python."""
+"""Row tables to test with, and what the kernels must find for them, summed without rounding error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_rows(
     missing: float = 0.0,
     seed: int = 0,
 ) -> Table:
-    """K rows of normal entries; parameter p has ``dtypes[p % len(dtypes)]``, a share ``missing`` of entries is None."""
+    """K rows of normal entries; parameter p has ``dtypes[p % len(dtypes)]``, a share ``missing`` is None."""
     generator = torch.Generator().manual_seed(seed)
 
     def entry(p: int, shape: tuple[int, ...]) -> Tensor | None:
@@ -77,7 +77,7 @@ def torch_gram(rows: Table) -> Tensor:
 
 
 def exact_combine(rows: Table, weights: Tensor) -> list[Tensor | None]:
-    """sum_k w_k g_k, summed in pairs of float64 numbers (Knuth's two-sum); weights [K] or one [K] per parameter."""
+    """sum_k w_k g_k in pairs of float64 numbers (Knuth's two-sum); weights [K] or one [K] per parameter."""
     results: list[Tensor | None] = []
     for p, matrix in enumerate(_matrices(rows)):
         if matrix is None:
@@ -118,7 +118,7 @@ def _matrices(rows: Table) -> list[Tensor | None]:
 
 
 def check_gram(found: Tensor, rows: Table) -> None:
-    """At most twice the error of torch at the row dtype plus a floor ~ sqrt(N), relative to the lengths of the rows."""
+    """At most twice torch's error at the row dtype plus a floor ~ sqrt(N), relative to the rows' lengths."""
     exact, by_torch = exact_gram(rows), torch_gram(rows)
     assert found.dtype is torch.float64 and found.shape == exact.shape
     assert torch.equal(found, found.T), "not symmetric to the bit"
@@ -133,7 +133,7 @@ def check_gram(found: Tensor, rows: Table) -> None:
 
 
 def check_combine(found: Sequence[Tensor | None], rows: Table, weights: Tensor) -> None:
-    """At most twice torch's error, and within half a unit in the last place but for the rounding of float64 sums."""
+    """At most twice torch's error, and half a unit in the last place but for the rounding of float64 sums."""
     exact, by_torch = exact_combine(rows, weights), torch_combine(rows, weights)
     assert len(found) == len(exact)
     for p, (ours, truth, theirs) in enumerate(zip(found, exact, by_torch, strict=True)):
@@ -171,7 +171,9 @@ def tables(draw: st.DrawFn) -> Table:
     shape = st.lists(st.integers(0, 7), max_size=3).map(tuple) | st.integers(0, 2100).map(lambda n: (n,))
     shapes = [draw(shape) for _ in range(num_params)]
     dtypes = [draw(st.sampled_from(DTYPES)) for _ in range(num_params)] or [torch.float32]
-    rows = make_rows(num_tasks, shapes, dtypes, missing=draw(st.sampled_from([0, 0.3, 1])), seed=draw(st.integers(0, 99)))
+    rows = make_rows(
+        num_tasks, shapes, dtypes, missing=draw(st.sampled_from([0, 0.3, 1])), seed=draw(st.integers(0, 99))
+    )
     layout = draw(st.sampled_from(["plain", "transposed", "gapped", "mixed"]))
     scale = 2.0 ** draw(st.integers(-8, 8))
 

@@ -22,7 +22,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the backends that compute a Gram matrix, in order; the compiled one counts as available."""
+    """The names of the backends that compute a Gram matrix, in order; the compiled one is made available."""
     names: list[str] = []
     for backend in BACKENDS.values():
 

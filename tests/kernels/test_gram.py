@@ -1,10 +1,11 @@
+import functools
 import math
 import os
 
 import numpy as np
 import pytest
 import torch
-from exact import DTYPES, EPSILON, Table, check_gram, dense, exact_gram, make_rows, tables
+from exact import DTYPES, Table, check_gram, dense, exact_gram, make_rows, tables
 from hypothesis import HealthCheck, given, settings
 
 import mtl_kernels as mk
@@ -135,15 +136,76 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize("size", [1_000, 100_000, 1_000_000])
-def test_near_parallel_rows_keep_their_difference(implementation: str, size: int) -> None:
+LONG = 40_009
+
+
+def long_rows(kind: str, num_tasks: int) -> torch.Tensor:
+    """Float32 rows of a length at which kernels may sum in float32 for a while."""
+    generator = torch.Generator().manual_seed(num_tasks)
+    rows = torch.randn(num_tasks, LONG, generator=generator)
+    if kind == "heavy tails":
+        rows *= torch.randn(LONG, generator=generator).abs().pow(4)
+    elif kind == "one large layer":
+        rows[:, 700:1200] *= 1e4
+    elif kind == "sparse":
+        rows *= torch.rand(LONG, generator=generator) < 1e-3
+    elif kind == "constant":
+        rows = torch.linspace(0.1, 0.9, num_tasks)[:, None].expand(-1, LONG)
+    elif kind == "positive":
+        rows = rows.abs() + 0.1
+    elif kind == "zero row":
+        rows[1] = 0
+    elif kind.startswith("scale"):
+        rows *= float(kind.split()[1])
+    elif kind == "rows of very different scale":
+        rows *= torch.logspace(-17, 17, num_tasks)[:, None]
+    return rows.contiguous()
+
+
+LONG_KINDS = ["normal", "heavy tails", "one large layer", "sparse", "constant", "positive", "zero row"]
+LONG_KINDS += [
+    "scale 1e-18",
+    "scale 1e-15",
+    "scale 1e-13",
+    "scale 1e15",
+    "scale 1e17",
+    "rows of very different scale",
+]
+
+
+@functools.cache
+def exact_long_gram(kind: str, num_tasks: int) -> torch.Tensor:
+    return exact_gram([[row] for row in long_rows(kind, num_tasks)])
+
+
+@pytest.mark.parametrize("num_tasks", [5, 8, 13])
+@pytest.mark.parametrize("kind", LONG_KINDS)
+def test_long_rows(implementation: str, kind: str, num_tasks: int) -> None:
+    rows = long_rows(kind, num_tasks)
+    exact = exact_long_gram(kind, num_tasks)
+    found = mk.gram(rows, backend=implementation)
+    assert torch.equal(found, found.T) and found.isfinite().all()
+    length = exact.diagonal().sqrt()
+    scale = (length[:, None] * length[None, :]).clamp(min=1e-300)
+    assert ((found - exact).abs() / scale).max() <= 1e-7 * num_tasks
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "one large layer", "sparse", "constant", "positive"])
+@pytest.mark.parametrize("num_tasks", [2, 8, 16])
+@pytest.mark.parametrize("size", [1_000, LONG, 1_000_000])
+def test_near_parallel_rows_keep_their_difference(implementation: str, size: int, num_tasks: int, kind: str) -> None:
+    if size > LONG and (num_tasks > 8 or implementation == "reference"):
+        pytest.skip("large, and nothing new")
+    first = long_rows(kind, num_tasks)[0].repeat(size // LONG + 1)[:size]
     generator = torch.Generator().manual_seed(size)
-    first = torch.randn(size, generator=generator)
-    second = first + 1e-3 * torch.randn(size, generator=generator)
-    gram = mk.gram(torch.stack([first, second]), backend=implementation)
-    found = gram[0, 0] - 2 * gram[0, 1] + gram[1, 1]
-    expected = (first.double() - second.double()).square().sum()
-    assert (found - expected).abs() <= 0.05 * expected
+    noise = torch.randn(num_tasks, size, generator=generator)
+    noise *= first.norm() / noise.norm(dim=1, keepdim=True)
+    rows = first + 1e-3 * noise
+    gram = mk.gram(rows, backend=implementation)
+    for i, j in ((0, 1), (num_tasks - 2, num_tasks - 1), (0, num_tasks - 1)):
+        found = gram[i, i] - 2 * gram[i, j] + gram[j, j]
+        expected = (rows[i].double() - rows[j].double()).square().sum()
+        assert (found - expected).abs() <= 0.05 * expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,16 +234,19 @@ def test_every_half_and_bfloat16_value(implementation: str) -> None:
         ones = torch.ones(64, dtype=dtype)
         column = values.double().square().sum()
         found = mk.gram([[values, ones], [None, ones]], backend=implementation)
-        torch.testing.assert_close(found[0, 0], column + 64, rtol=1e-14, atol=0)
-        tiny = torch.stack([values, torch.ones_like(values)])
-        torch.testing.assert_close(
-            mk.gram(tiny, backend=implementation)[0, 1], torch.tensor(math.fsum(values.double().tolist())).double(),
-            rtol=0, atol=64 * EPSILON * float(values.double().abs().sum()),
-        )
+        torch.testing.assert_close(found[0, 0], column + 64, rtol=5e-7, atol=0)
+        exact = exact_gram([[values], [torch.ones_like(values)]])
+        found = mk.gram(torch.stack([values, torch.ones_like(values)]), backend=implementation)
+        assert (found - exact).abs()[0, 1] <= 2e-7 * (exact[0, 0] * exact[1, 1]).sqrt()
 
 
 def test_extreme_scales(implementation: str) -> None:
-    for dtype, scale in ((torch.float32, 1e-22), (torch.float32, 1e30), (torch.float64, 1e-140), (torch.float64, 1e140)):
+    for dtype, scale in (
+        (torch.float32, 1e-22),
+        (torch.float32, 1e30),
+        (torch.float64, 1e-140),
+        (torch.float64, 1e140),
+    ):
         rows = [[row[0] * scale] for row in make_rows(3, [(200,)], [dtype], seed=9)]
         found, expected = mk.gram(rows, backend=implementation), exact_gram(rows)
         assert found.isfinite().all()

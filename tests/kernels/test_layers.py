@@ -1,4 +1,4 @@
-"""One Gram matrix per layer: groups of parameters, solved as one batch and combined each with its own weights."""
+"""One Gram matrix per layer: groups of parameters, solved as one batch, each with its own weights."""
 
 import pytest
 import torch
@@ -47,4 +47,7 @@ def test_dense_rows_are_one_group(backend: str) -> None:
     gram = mk.gram(matrix, groups=[0], backend=backend)
     assert torch.equal(gram[0], mk.gram(matrix, backend=backend))
     weights = torch.ones(1, 3)
-    assert torch.equal(mk.combine(matrix, weights, groups=[0], backend=backend), mk.combine(matrix, weights[0], backend=backend))
+    assert torch.equal(
+        mk.combine(matrix, weights, groups=[0], backend=backend),
+        mk.combine(matrix, weights[0], backend=backend),
+    )

@@ -197,9 +197,7 @@ def test_a_gram_matrix_with_rounding_of_float32(backend):
     assert gap <= 1e-5 * gram.diagonal().max()
 
 
-@given(
-    row_matrices(min_tasks=2, kinds=("plain", "low_rank", "duplicate", "zero_rows", "conflicting")), backends
-)
+@given(row_matrices(min_tasks=2, kinds=("plain", "low_rank", "duplicate", "zero_rows", "conflicting")), backends)
 def test_frank_wolfe_comes_within_twice_its_gap(rows, backend):
     gram = gram_of(rows)
     largest = gram.diagonal().max()
@@ -236,9 +234,7 @@ def test_more_iterations_never_raise_the_value(backend):
     gram = gram_of(rows)
     for solver in ("exact", "frank_wolfe"):
         values = [
-            value_of(
-                rows, mk.min_norm_weights(gram, solver=solver, max_iters=n, backend=backend).weights.numpy()
-            )
+            value_of(rows, mk.min_norm_weights(gram, solver=solver, max_iters=n, backend=backend).weights.numpy())
             for n in range(1, 25)
         ]
         assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(values))
@@ -258,12 +254,8 @@ def test_backends_agree(backend, num_tasks):
     rows = torch.randn(2, num_tasks, num_tasks + 3, dtype=torch.float64)
     gram = rows @ rows.mT
     for solver in ("exact", "frank_wolfe"):
-        expected = mk.reference.min_norm_weights(
-            gram, solver=solver, max_iters=None if solver == "exact" else 30
-        )
-        found = mk.min_norm_weights(
-            gram, solver=solver, max_iters=None if solver == "exact" else 30, backend=backend
-        )
+        expected = mk.reference.min_norm_weights(gram, solver=solver, max_iters=None if solver == "exact" else 30)
+        found = mk.min_norm_weights(gram, solver=solver, max_iters=None if solver == "exact" else 30, backend=backend)
         torch.testing.assert_close(found.weights, expected.weights, rtol=1e-9, atol=1e-11)
 
 

@@ -2,6 +2,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -152,12 +153,18 @@ def test_fake_tensors_have_the_right_shapes(backend: str) -> None:
         assert gram.shape == (2, 2) and gram.dtype is torch.float64
         assert mk.gram(rows, groups=[0, 4], backend=backend).shape == (5, 2, 2)
         d = mk.combine(rows, torch.ones(2), backend=backend)
-        assert [t.shape for t in d] == [(3, 2), (5,)] and [t.dtype for t in d] == [torch.float32, torch.bfloat16]
+        assert [t.shape for t in d] == [(3, 2), (5,)] and [t.dtype for t in d] == [
+            torch.float32,
+            torch.bfloat16,
+        ]
         assert mk.combine(torch.empty(4, 7), torch.ones(4), backend=backend).shape == (7,)
         assert mk.combine([[None, torch.empty(1)]] * 2, torch.ones(2), backend=backend)[0] is None
         assert mk.pcgrad_weights(torch.empty(3, 4, 4), order="fixed", backend=backend).shape == (3, 4)
         solution = mk.min_norm_weights(torch.empty(3, 2, 4, 4), backend=backend)
-        assert solution.weights.shape == (3, 2, 4) and solution.gap.shape == solution.iterations.shape == (3, 2)
+        assert solution.weights.shape == (3, 2, 4) and solution.gap.shape == solution.iterations.shape == (
+            3,
+            2,
+        )
         assert all(t.fake_mode is mode for t in (gram, *d, *solution))
         with pytest.raises(ValueError, match="expected weights of shape"):
             mk.combine(rows, torch.ones(3), backend=backend)
@@ -195,7 +202,7 @@ def test_dispatch_modes_see_the_operators(backend: str) -> None:
 class Wrapped(Tensor):
     """A subclass that counts the operators that reach it and computes on what it holds."""
 
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
     inner: Tensor
 
     @staticmethod

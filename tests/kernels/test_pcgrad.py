@@ -47,9 +47,7 @@ def test_scaling_by_a_power_of_two_changes_no_bit(rows, backend, exponent):
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 8, 33, 128])
 def test_no_conflict_is_the_plain_sum(backend, num_tasks):
     rows = torch.rand(num_tasks, 2 * num_tasks, dtype=torch.float64)
-    assert torch.equal(
-        mk.pcgrad_weights(rows @ rows.T, backend=backend), torch.ones(num_tasks, dtype=torch.float64)
-    )
+    assert torch.equal(mk.pcgrad_weights(rows @ rows.T, backend=backend), torch.ones(num_tasks, dtype=torch.float64))
     mean = mk.pcgrad_weights(rows @ rows.T, reduction="mean", backend=backend)
     torch.testing.assert_close(mean, torch.full_like(mean, 1 / num_tasks), rtol=1e-15, atol=0)
 
@@ -67,9 +65,7 @@ def test_batched_is_one_problem_at_a_time(backend):
     assert weights.shape == (3, 4, 6)
     for i in range(3):
         for j in range(4):
-            torch.testing.assert_close(
-                weights[i, j], mk.pcgrad_weights(gram[i, j], order="fixed", backend=backend)
-            )
+            torch.testing.assert_close(weights[i, j], mk.pcgrad_weights(gram[i, j], order="fixed", backend=backend))
     random = mk.pcgrad_weights(gram, rng=mk.rng_state(9, 1), backend=backend)
     for problem, (matrix, found) in enumerate(zip(rows.flatten(0, 1), random.flatten(0, 1), strict=True)):
         orders = [oracles.pcgrad_order(9, 1, problem, i, 6) for i in range(6)]
@@ -82,9 +78,7 @@ def test_inactive_tasks_take_no_part(backend):
     gram = rows @ rows.T
     gram[1, :] = gram[:, 1] = torch.nan
     weights = mk.pcgrad_weights(gram, order="fixed", reduction="mean", active=active, backend=backend)
-    alone = mk.pcgrad_weights(
-        gram[active][:, active].contiguous(), order="fixed", reduction="mean", backend=backend
-    )
+    alone = mk.pcgrad_weights(gram[active][:, active].contiguous(), order="fixed", reduction="mean", backend=backend)
     assert torch.equal(weights[~active], torch.zeros(3, dtype=torch.float64))
     torch.testing.assert_close(weights[active], alone)
 
@@ -130,20 +124,14 @@ def test_backends_agree_on_the_same_state(backend, num_tasks):
     gram = rows @ rows.mT
     rng = mk.rng_state(123456789012345, 2**40)
     expected = mk.reference.pcgrad_weights(gram, rng=rng)
-    torch.testing.assert_close(
-        mk.pcgrad_weights(gram, rng=rng, backend=backend), expected, rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(mk.pcgrad_weights(gram, rng=rng, backend=backend), expected, rtol=1e-11, atol=1e-11)
     assert rng.tolist() == [123456789012345, 2**40]
 
 
 def test_the_order_depends_on_seed_and_step(backend):
     rows = torch.randn(8, 10, dtype=torch.float64)
     gram = rows @ rows.T
-    weights = {
-        (s, t): mk.pcgrad_weights(gram, rng=mk.rng_state(s, t), backend=backend)
-        for s in (0, 1)
-        for t in (0, 1)
-    }
+    weights = {(s, t): mk.pcgrad_weights(gram, rng=mk.rng_state(s, t), backend=backend) for s in (0, 1) for t in (0, 1)}
     assert len({tuple(w.tolist()) for w in weights.values()}) == 4
     assert torch.equal(weights[1, 1], mk.pcgrad_weights(gram, rng=mk.rng_state(1, 1), backend=backend))
 

@@ -24,7 +24,13 @@ def test_a_dense_table_reads_the_tensor_in_place() -> None:
 
 def test_tensors_that_fill_their_memory_are_read_in_place() -> None:
     nchw = torch.randn(2, 3, 4, 4)
-    for tensor in (nchw, nchw.to(memory_format=torch.channels_last), nchw.permute(3, 1, 0, 2), nchw[:1], nchw[0, 0, 0, 0]):
+    for tensor in (
+        nchw,
+        nchw.to(memory_format=torch.channels_last),
+        nchw.permute(3, 1, 0, 2),
+        nchw[:1],
+        nchw[0, 0, 0, 0],
+    ):
         assert mk.RowTable([[tensor], [tensor]]).entries[1][0].data_ptr() == tensor.data_ptr()
 
 
@@ -34,7 +40,11 @@ def test_a_table_is_reusable_for_gram_and_combine(backend: str) -> None:
     weights = torch.tensor([0.5, 2.0])
     for _ in range(2):
         assert torch.equal(mk.gram(table, backend=backend), mk.gram(rows, backend=backend))
-        for a, b in zip(mk.combine(table, weights, backend=backend), mk.combine(rows, weights, backend=backend), strict=True):
+        for a, b in zip(
+            mk.combine(table, weights, backend=backend),
+            mk.combine(rows, weights, backend=backend),
+            strict=True,
+        ):
             assert torch.equal(a, b)
     rows[1][1].mul_(2)
     assert torch.equal(mk.gram(table, backend=backend), mk.gram(rows, backend=backend)), "it reads what is there now"
@@ -58,21 +68,49 @@ BAD_ROWS = {
     "one vector": (ONES, ValueError, r"expected rows of shape \[K, N\], found \[3\]"),
     "three dimensions": (torch.ones(2, 3, 4), ValueError, r"found \[2, 3, 4\]: flatten"),
     "a list of vectors": ([ONES, ONES], TypeError, "row 0 is a Tensor; expected a sequence"),
-    "rows of numbers": ([[1.0], [2.0]], TypeError, "row 0, parameter 0 is a float; expected a tensor or None"),
+    "rows of numbers": (
+        [[1.0], [2.0]],
+        TypeError,
+        "row 0, parameter 0 is a float; expected a tensor or None",
+    ),
     "strings": (["ab", "cd"], TypeError, "is a str; expected a tensor"),
     "ragged": ([[ONES], [ONES, None]], ValueError, "row 1 has 2 parameters where row 0 has 1; use None"),
     "shapes": ([[ONES], [torch.ones(4)]], ValueError, r"parameter 0 has shape \[4\] in row 1 and \[3\]"),
-    "same numel": ([[None, torch.ones(2, 3)], [None, torch.ones(3, 2)]], ValueError, r"parameter 1 has shape \[3, 2\]"),
-    "dtypes": ([[ONES], [ONES.double()]], TypeError, "parameter 0 has dtype torch.float64 in row 1 and torch.float32"),
-    "integers": (torch.ones(2, 3, dtype=torch.int64), TypeError, "torch.int64; expected one of float32, float64"),
-    "integer entries": ([[ONES.int()]], TypeError, "row 0, parameter 0 has dtype torch.int32; expected one of"),
+    "same numel": (
+        [[None, torch.ones(2, 3)], [None, torch.ones(3, 2)]],
+        ValueError,
+        r"parameter 1 has shape \[3, 2\]",
+    ),
+    "dtypes": (
+        [[ONES], [ONES.double()]],
+        TypeError,
+        "parameter 0 has dtype torch.float64 in row 1 and torch.float32",
+    ),
+    "integers": (
+        torch.ones(2, 3, dtype=torch.int64),
+        TypeError,
+        "torch.int64; expected one of float32, float64",
+    ),
+    "integer entries": (
+        [[ONES.int()]],
+        TypeError,
+        "row 0, parameter 0 has dtype torch.int32; expected one of",
+    ),
     "bools": (torch.ones(2, 3, dtype=torch.bool), TypeError, "torch.bool; expected one of"),
     "complex": (torch.ones(2, 3, dtype=torch.complex64), TypeError, "torch.complex64; expected one of"),
     "float8": (torch.ones(2, 3).to(torch.float8_e5m2), TypeError, "float8_e5m2; expected one of"),
-    "devices in a column": ([[ONES], [ONES.to("meta")]], ValueError, "parameter 0 is on meta in row 1 and on cpu"),
+    "devices in a column": (
+        [[ONES], [ONES.to("meta")]],
+        ValueError,
+        "parameter 0 is on meta in row 1 and on cpu",
+    ),
     "devices across": ([[ONES, ONES.to("meta")]], ValueError, "parameter 1 is on meta, others on cpu; move"),
     "sparse matrix": (torch.eye(3).to_sparse(), TypeError, r"layout torch.sparse_coo: call .to_dense\(\)"),
-    "sparse entry": ([[torch.eye(3)], [torch.eye(3).to_sparse()]], TypeError, r"row 1, parameter 0 has layout .*to_dense"),
+    "sparse entry": (
+        [[torch.eye(3)], [torch.eye(3).to_sparse()]],
+        TypeError,
+        r"row 1, parameter 0 has layout .*to_dense",
+    ),
     "mkldnn": ([[torch.eye(3).to_mkldnn()]], TypeError, "layout torch._mkldnn"),
 }
 
@@ -80,7 +118,12 @@ BAD_ROWS = {
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_bad_rows(case: str) -> None:
     rows, kind, message = BAD_ROWS[case]
-    for call in (mk.RowTable, mk.gram, lambda r: mk.combine(r, torch.ones(2)), lambda r: mk.gram(r, backend="reference")):
+    for call in (
+        mk.RowTable,
+        mk.gram,
+        lambda r: mk.combine(r, torch.ones(2)),
+        lambda r: mk.gram(r, backend="reference"),
+    ):
         with pytest.raises(kind, match=message):
             call(rows)
 
@@ -89,7 +132,11 @@ BAD_WEIGHTS = {
     "a list": ([1.0, 2.0], TypeError, "expected weights as a tensor, found list"),
     "a number": (1.0, TypeError, "expected weights as a tensor, found float"),
     "nothing": (None, TypeError, "expected weights as a tensor, found NoneType"),
-    "integers": (torch.ones(2, dtype=torch.int64), TypeError, "expected weights of floating dtype, found torch.int64"),
+    "integers": (
+        torch.ones(2, dtype=torch.int64),
+        TypeError,
+        "expected weights of floating dtype, found torch.int64",
+    ),
     "complex": (torch.ones(2, dtype=torch.complex64), TypeError, "floating dtype, found torch.complex64"),
     "too few": (torch.ones(1), ValueError, r"expected weights of shape \[2\], found \[1\]"),
     "too many": (torch.ones(3), ValueError, r"expected weights of shape \[2\], found \[3\]"),
@@ -141,8 +188,18 @@ def _bad_outs() -> dict[str, tuple[object, object, type[Exception], str]]:
     table, matrix = [[torch.ones(3), None], [torch.ones(3), None]], torch.ones(2, 3)
     good = torch.full((3,), 5.0)
     return {
-        "a tensor for a list": (table, good, TypeError, "expected out as a sequence of 2 tensors, found Tensor"),
-        "a list for dense": (matrix, [good], TypeError, r"expected out as a tensor \[N\] for dense rows, found list"),
+        "a tensor for a list": (
+            table,
+            good,
+            TypeError,
+            "expected out as a sequence of 2 tensors, found Tensor",
+        ),
+        "a list for dense": (
+            matrix,
+            [good],
+            TypeError,
+            r"expected out as a tensor \[N\] for dense rows, found list",
+        ),
         "a number": (matrix, 3, TypeError, "expected out as a tensor"),
         "numbers": (table, [3, None], TypeError, r"out\[0\] is a.* int"),
         "too short": (table, [good], ValueError, "out has 1 tensors for 2 parameters"),
@@ -150,7 +207,12 @@ def _bad_outs() -> dict[str, tuple[object, object, type[Exception], str]]:
         "superfluous": (table, [good, good.clone()], ValueError, r"out\[1\] is given where no task reaches"),
         "shape": (table, [torch.full((4,), 5.0), None], ValueError, r"out\[0\] is \[4\] .*; expected \[3\]"),
         "dense shape": (matrix, torch.full((1, 3), 5.0), ValueError, r"out\[0\] is \[1, 3\]"),
-        "dtype": (table, [good.double(), None], ValueError, r"out\[0\] is \[3\] torch.float64 .*expected .*float32"),
+        "dtype": (
+            table,
+            [good.double(), None],
+            ValueError,
+            r"out\[0\] is \[3\] torch.float64 .*expected .*float32",
+        ),
         "device": (matrix, good.to("meta"), ValueError, r"out\[0\] is .* on meta; expected .* on cpu"),
         "sparse": (matrix, good.to_sparse(), TypeError, "layout"),
     }
@@ -177,7 +239,11 @@ BAD_GRAMS = {
     "not square": (torch.ones(2, 3), ValueError, r"found \[2, 3\]: pass gram\(rows\)"),
     "empty": (torch.ones(0, 0), ValueError, "expected 1 to 128 tasks, found 0"),
     "too large": (torch.ones(129, 129), ValueError, "expected 1 to 128 tasks, found 129"),
-    "integers": (torch.ones(2, 2, dtype=torch.int64), TypeError, "expected a Gram matrix of floating dtype, found torch.int64"),
+    "integers": (
+        torch.ones(2, 2, dtype=torch.int64),
+        TypeError,
+        "expected a Gram matrix of floating dtype, found torch.int64",
+    ),
 }
 
 

@@ -61,9 +61,7 @@ def min_norm_pair(matrix: Tensor) -> Tensor:
 class TwoHeads(nn.Module):
     """A shared trunk and one head per task."""
 
-    def __init__(
-        self, tasks: int = 2, width: int = 6, seed: int = 0, dtype: torch.dtype = torch.float64
-    ) -> None:
+    def __init__(self, tasks: int = 2, width: int = 6, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.trunk = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())

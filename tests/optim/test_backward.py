@@ -40,8 +40,7 @@ def test_pcgrad_on_the_trunk_and_plain_heads(tasks: int) -> None:
     model = TwoHeads(tasks)
     expected = pcgrad_fixed(trunk_matrix(model, model.losses()))
     heads = [
-        torch.autograd.grad(loss, list(h.parameters()))
-        for h, loss in zip(model.heads, model.losses(), strict=True)
+        torch.autograd.grad(loss, list(h.parameters())) for h, loss in zip(model.heads, model.losses(), strict=True)
     ]
     opt = wrap(model)
     opt.backward(model.losses())
@@ -68,9 +67,7 @@ def test_any_mask(seed: int, tasks: int, method) -> None:  # type: ignore[no-unt
     params = [nn.Parameter(torch.randn(n, generator=generator, dtype=torch.float64)) for n in (3, 1, 4, 2, 5)]
     mask = torch.rand(tasks, len(params), generator=generator) < 0.5
     mask[:, 0] |= ~mask.any(1)
-    coefficients = [
-        [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params] for _ in mask
-    ]
+    coefficients = [[torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in params] for _ in mask]
     losses = [
         sum((c * p).sum() for c, p, m in zip(row, params, reach, strict=True) if m)
         for row, reach in zip(coefficients, mask, strict=True)
@@ -87,9 +84,7 @@ def test_any_mask(seed: int, tasks: int, method) -> None:  # type: ignore[no-unt
         matrix = torch.stack([torch.cat([row[p] for p in shared]) for row in rows])
         active = torch.tensor([bool(mask[k, shared].any()) for k in range(tasks)])
         expected = iter(
-            (matrix.T @ method.weights(matrix @ matrix.T, active=active)).split(
-                [len(params[p]) for p in shared]
-            )
+            (matrix.T @ method.weights(matrix @ matrix.T, active=active)).split([len(params[p]) for p in shared])
         )
     for p, param in enumerate(params):
         if count[p] == 0:
@@ -139,17 +134,13 @@ def test_adds_to_gradients_that_are_there() -> None:
     before = grads(model.trunk)
     copies = [g.clone() for g in before]
     opt.backward(model.losses())
-    for p, q, old, kept in zip(
-        model.trunk.parameters(), reference.trunk.parameters(), copies, before, strict=True
-    ):
+    for p, q, old, kept in zip(model.trunk.parameters(), reference.trunk.parameters(), copies, before, strict=True):
         assert p.grad is kept
         assert torch.equal(p.grad, old + q.grad)
     opt.zero_grad(set_to_none=False)
     assert all((g == 0).all() for g in grads(model))
     opt.backward(model.losses())
-    assert all(
-        torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True)
-    )
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), reference.parameters(), strict=True))
 
 
 def test_combination_is_written_into_the_first_row() -> None:
@@ -158,9 +149,7 @@ def test_combination_is_written_into_the_first_row() -> None:
     for p, pointers in zip(model.trunk.parameters(), seen, strict=True):
         p.register_post_accumulate_grad_hook(lambda p, pointers=pointers: pointers.append(p.grad.data_ptr()))
     wrap(model).backward(model.losses())
-    assert all(
-        p.grad.data_ptr() == pointers[0] for p, pointers in zip(model.trunk.parameters(), seen, strict=True)
-    )
+    assert all(p.grad.data_ptr() == pointers[0] for p, pointers in zip(model.trunk.parameters(), seen, strict=True))
     assert all(len(pointers) == 3 for pointers in seen)
 
 
@@ -211,12 +200,9 @@ def test_head_scaling_and_granularity(granularity: str) -> None:
         {"params": [*model.trunk[2].parameters(), *model.heads[0].parameters()]},
         {"params": list(model.heads[1].parameters())},
     ]
-    opt = MultiTaskOptimizer(
-        torch.optim.SGD(groups, lr=0.1), MGDA(), granularity=granularity, head_scaling="weights"
-    )
+    opt = MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.1), MGDA(), granularity=granularity, head_scaling="weights")
     plain = [
-        torch.autograd.grad(loss, list(h.parameters()))
-        for h, loss in zip(model.heads, model.losses(), strict=True)
+        torch.autograd.grad(loss, list(h.parameters())) for h, loss in zip(model.heads, model.losses(), strict=True)
     ]
     layers = {
         "model": [[0, 1, 2, 3]],
@@ -244,9 +230,7 @@ def test_head_scaling_and_granularity(granularity: str) -> None:
 def test_task_inactive_in_a_group() -> None:
     """A task that reaches nothing shared of a group takes no part there: Mean divides by those that do."""
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    opt = MultiTaskOptimizer(
-        torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1), Mean(), granularity="group"
-    )
+    opt = MultiTaskOptimizer(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1), Mean(), granularity="group")
     opt.backward([a.sum(), 3 * a.sum() + b.sum(), 5 * b.sum()])
     assert a.grad.tolist() == [2, 2] and b.grad.tolist() == [3, 3, 3]
     assert opt.report.active.tolist() == [[True, True, False], [False, True, True]]

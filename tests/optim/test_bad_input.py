@@ -197,9 +197,7 @@ def test_constructor(build, error, text) -> None:  # type: ignore[no-untyped-def
 def test_sharded_parameters(tmp_path: Path) -> None:
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh))

@@ -39,9 +39,7 @@ def test_top_level_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_import_what_only_the_demo_needs() -> None:
     code = "import sys, mtl_optim.cli as c; c._parsers(); print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "mtl_optim.cli" in modules
     assert not {"rich", "matplotlib", "sklearn", "mtl_optim.demo.run"} & set(modules)
 
@@ -102,9 +100,7 @@ def test_cpu_features_come_from_cpuinfo_or_torch(tmp_path: Path) -> None:
         (["demo", "--loud"], "--loud"),
     ],
 )
-def test_a_wrong_request_is_explained(
-    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_request_is_explained(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(argv)
     assert left.value.code == 2
@@ -113,9 +109,7 @@ def test_a_wrong_request_is_explained(
     assert found.out == ""
 
 
-def test_a_missing_backend_is_explained(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_backend_is_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mtl_kernels.dispatch, "_resolved", {})
     monkeypatch.setattr(BACKENDS["cpu"], "missing", lambda: "it was not built")
     with pytest.raises(SystemExit) as left:

@@ -77,9 +77,7 @@ def test_donated_buffers_are_explained() -> None:
     model = TwoHeads()
     opt = wrap(model)
     loss = model.losses()[0]
-    loss.register_hook(
-        lambda grad: (_ for _ in ()).throw(RuntimeError("compiled with non-empty donated buffers"))
-    )
+    loss.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("compiled with non-empty donated buffers")))
     with pytest.raises(RuntimeError, match=r"donated_buffer = False"):
         opt.backward([loss, model.losses()[1]])
     assert all(p.grad is None for p in model.parameters())

@@ -28,9 +28,7 @@ class Model(nn.Module):
 
 def allocated(run) -> int:  # type: ignore[no-untyped-def]
     """Bytes that the CPU allocator handed out while ``run`` ran, whether or not they were given back."""
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profile:
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
     total = 0
 

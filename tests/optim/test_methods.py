@@ -41,9 +41,7 @@ def close(found: torch.Tensor, expected: torch.Tensor, matrix: torch.Tensor, tol
 def test_pcgrad_fixed_is_algorithm_1(matrix: torch.Tensor) -> None:
     # A product that is zero but for rounding may count as conflict or not: its effect is that small too.
     assert close(PCGrad(order="fixed")(matrix), pcgrad_fixed(matrix), matrix, 1e-6)
-    assert close(
-        PCGrad(order="fixed", reduction="mean")(matrix), pcgrad_fixed(matrix) / len(matrix), matrix, 1e-6
-    )
+    assert close(PCGrad(order="fixed", reduction="mean")(matrix), pcgrad_fixed(matrix) / len(matrix), matrix, 1e-6)
 
 
 @given(matrices(st.just(3)), st.integers(0, 100))
@@ -85,9 +83,7 @@ def test_weights_of_constants() -> None:
     assert constant.weights(gram, active=active).tolist() == [0.5, 0, 1]
     constant.weights(gram).zero_()
     assert constant.weights(gram).tolist() == [0.5, 2, 1]
-    assert torch.equal(
-        Constant(torch.tensor([0.5, 2, 1]))(MATRIX), 0.5 * MATRIX[0] + 2 * MATRIX[1] + MATRIX[2]
-    )
+    assert torch.equal(Constant(torch.tensor([0.5, 2, 1]))(MATRIX), 0.5 * MATRIX[0] + 2 * MATRIX[1] + MATRIX[2])
 
 
 @pytest.mark.parametrize("method", ALL, ids=repr)
@@ -169,9 +165,7 @@ def test_frozen_but_not_shared() -> None:
 def test_get() -> None:
     assert methods.get("pcgrad") is PCGrad and methods.get("MGDA") is MGDA
     assert methods.available() == ["constant", "mean", "mgda", "pcgrad", "sum"]
-    with pytest.raises(
-        ValueError, match=r"unknown method 'pcgard'; choose one of constant, mean, mgda, pcgrad"
-    ):
+    with pytest.raises(ValueError, match=r"unknown method 'pcgard'; choose one of constant, mean, mgda, pcgrad"):
         methods.get("pcgard")
 
 

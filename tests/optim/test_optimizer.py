@@ -38,9 +38,7 @@ def test_is_an_optimizer_that_shares_everything() -> None:
     inner = adam(model)
     opt = MultiTaskOptimizer(inner, PCGrad())
     assert isinstance(opt, torch.optim.Optimizer) and opt.optimizer is inner
-    assert (
-        opt.param_groups is inner.param_groups and opt.state is inner.state and opt.defaults is inner.defaults
-    )
+    assert opt.param_groups is inner.param_groups and opt.state is inner.state and opt.defaults is inner.defaults
     train(model, opt, range(2))
     assert len(inner.state) == 8
     extra = nn.Parameter(torch.zeros((), dtype=torch.float64))
@@ -68,9 +66,7 @@ def test_schedulers(attach: str) -> None:
     model = TwoHeads()
     inner = adam(model)
     opt = MultiTaskOptimizer(inner, PCGrad())
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        opt if attach == "wrapper" else inner, max_lr=0.1, total_steps=10
-    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(opt if attach == "wrapper" else inner, max_lr=0.1, total_steps=10)
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -115,9 +111,7 @@ def test_clipping() -> None:
     opt.backward(model.losses())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     opt.step()
-    moved = sum(
-        (p.detach() - q).square().sum() for p, q in zip(model.parameters(), before, strict=True)
-    ).sqrt()
+    moved = sum((p.detach() - q).square().sum() for p, q in zip(model.parameters(), before, strict=True)).sqrt()
     assert abs(float(moved) - 1e-3) < 1e-6
 
 
@@ -175,9 +169,7 @@ def test_grad_scaler(fused: bool) -> None:
             reference.backward(plain.losses(step))
             reference.step()
     assert scaler.get_scale() == 512.0
-    assert all(
-        torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True)
-    )
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
 def test_grad_scaler_refuses_methods_without_scale() -> None:
@@ -259,9 +251,7 @@ def test_state_dict_that_does_not_fit() -> None:
         after = opt.state_dict()
         assert torch.equal(after["mtl"].pop("state")["rng"], before["mtl"]["state"]["rng"])
         assert after["mtl"] == {k: v for k, v in before["mtl"].items() if k != "state"}
-        assert all(
-            torch.equal(after["state"][p]["exp_avg"], v["exp_avg"]) for p, v in before["state"].items()
-        )
+        assert all(torch.equal(after["state"][p]["exp_avg"], v["exp_avg"]) for p, v in before["state"].items())
     seeded = MultiTaskOptimizer(adam(model), PCGrad(seed=5))
     with pytest.warns(UserWarning, match="'seed': 1"):
         seeded.load_state_dict(before)

@@ -26,9 +26,7 @@ def test_reused_weights(head_scaling: str, plain_group: bool) -> None:
     plain = list(model.trunk[0].parameters()) if plain_group else []
     managed = [p for p in model.parameters() if all(p is not q for q in plain)]
     groups = [{"params": managed}, {"params": plain, "mtl": False}]
-    opt = MultiTaskOptimizer(
-        torch.optim.SGD(groups, lr=0.1), PCGrad(), refresh_every=3, head_scaling=head_scaling
-    )
+    opt = MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.1), PCGrad(), refresh_every=3, head_scaling=head_scaling)
     count, weights = passes(model), None
     for step in range(7):
         opt.zero_grad()
@@ -60,9 +58,7 @@ def test_outside_tensors_get_their_sum_once() -> None:
     extra = nn.Parameter(torch.ones((), dtype=torch.float64))
     for step in range(2):
         extra.grad = None
-        with (
-            pytest.warns(UserWarning, match="not in the optimizer") if step == 0 else contextlib.nullcontext()
-        ):
+        with pytest.warns(UserWarning, match="not in the optimizer") if step == 0 else contextlib.nullcontext():
             opt.backward([loss * extra for loss in model.losses()])
         assert torch.allclose(extra.grad, sum(model.losses()))
 

@@ -1,4 +1,5 @@
-// The plan that cuts the columns of a row table into chunks. Host code; nothing here depends on how a chunk is executed.
+// The plan that cuts the columns of a row table into chunks. Host code; nothing here depends on how a chunk
+// is executed.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,9 @@ struct ChunkPlan {
   std::vector<Chunk> chunks;
 };
 
-// Cuts all columns into at most about `max_chunks` chunks of at least `min_columns` columns. Chunk borders inside a
-// parameter are multiples of `alignment` columns. The plan depends on the sizes alone, never on the number of
-// threads, so that sums taken chunk by chunk in index order are the same on every machine.
+// Cuts all columns into at most about `max_chunks` chunks of at least `min_columns` columns. Chunk borders
+// inside a parameter are multiples of `alignment` columns. The plan depends on the sizes alone, never on the
+// number of threads, so that sums taken chunk by chunk in index order are the same on every machine.
 inline ChunkPlan plan_chunks(const RowTable& rows, std::int64_t alignment, std::int64_t min_columns,
                              std::int64_t max_chunks) {
   std::int64_t total = 0;

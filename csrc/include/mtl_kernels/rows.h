@@ -1,7 +1,7 @@
 // The K x P table of row pointers, and the pieces its columns are cut into.
 //
-// A row is the gradient of one task: P pieces of memory, one per parameter, or a null pointer where the task does not
-// reach that parameter. Nothing here owns memory.
+// A row is the gradient of one task: P pieces of memory, one per parameter, or a null pointer where the task
+// does not reach that parameter. Nothing here owns memory.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@ constexpr std::int64_t item_size(DType dtype) {
 }
 
 struct RowTable {
-  int num_tasks;                     // K
-  std::int64_t num_params;           // P
-  const std::uintptr_t* pointers;    // [K, P], 0 = the task does not reach the parameter
-  const std::int64_t* numels;        // [P]
-  const DType* dtypes;               // [P], one dtype per parameter, shared by all tasks
-  const std::int32_t* groups;        // [P], which Gram matrix the parameter belongs to
+  int num_tasks;                   // K
+  std::int64_t num_params;         // P
+  const std::uintptr_t* pointers;  // [K, P], 0 = the task does not reach the parameter
+  const std::int64_t* numels;      // [P]
+  const DType* dtypes;             // [P], one dtype per parameter, shared by all tasks
+  const std::int32_t* groups;      // [P], which Gram matrix the parameter belongs to
 };
 
 // Columns [begin, begin + length) of one parameter.

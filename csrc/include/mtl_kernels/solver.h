@@ -2,6 +2,8 @@
 
 // What every solver reads and writes. A solver is a struct with
 //   static constexpr const char* name;
+//   static constexpr int num_options;
+//   MTL_HD static bool needs_rng(const double* options);
 //   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks);
 //   template <class Team> MTL_HD static void solve(const Team& team, const Problem& problem);
 // in its own header under solvers/, listed in solvers/all.h.
@@ -10,11 +12,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "mtl_kernels/rows.h"
 #include "mtl_kernels/team.h"
 
 namespace mtl {
-
-constexpr int kMaxTasks = 128;
 
 // One K x K problem; every pointer is host or device memory alike.
 struct Problem {

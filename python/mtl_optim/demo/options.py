@@ -21,7 +21,7 @@ class Options:
         steps: optimizer steps per method.
         batch_size: images per step.
         seed: of the split, the images, the initialisation, the batches and the methods.
-        threads: of torch and the compiled kernels; None leaves torch's setting.
+        threads: of torch and the compiled kernels; None takes one less than torch would, 1 to 4.
         backend: of the kernels; None leaves the choice to MTL_KERNELS_BACKEND, else to the library.
         quiet: no progress bar.
 

@@ -41,9 +41,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     panels[0].set_ylabel("accuracy", color=INK)
     panels[0].legend(frameon=False, loc="lower right", fontsize=9)
 
-    below.suptitle(
-        "Cosine between task gradients of the shared trunk", x=0.01, ha="left", fontweight="bold", color=INK
-    )
+    below.suptitle("Cosine between task gradients of the shared trunk", x=0.01, ha="left", fontweight="bold", color=INK)
     strips = below.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
     binned = [_binned(run.cosines) for run in runs]
     limit = max(0.1, math.ceil(10 * max(float(cosines.abs().max()) for cosines in binned)) / 10)

@@ -30,6 +30,7 @@ from .train import LEARNING_RATE, Run, label, time_one_backward, train
 RESULTS = "results.json"
 PICTURE = "demo.png"
 MIN_WIDTH = 88
+MOST_THREADS = 4
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -55,16 +56,16 @@ def run(options: Options) -> dict[str, Any]:
     console.print(table(runs, options))
     console.print(Padding(notes(options, results["threads"], one_backward), (0, 0, 1, 0)), style="dim")
     seconds = perf_counter() - start
-    console.print(
-        f"Wrote {picture} and {numbers} ({seconds:.0f} s).", markup=False, highlight=False, soft_wrap=True
-    )
+    console.print(f"Wrote {picture} and {numbers} ({seconds:.0f} s).", markup=False, highlight=False, soft_wrap=True)
     return results
 
 
 @contextlib.contextmanager
 def _threads(wanted: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(before if wanted is None else wanted)
+    # OpenMP threads wait for each other by spinning: where another program wants a core too, a team on every
+    # core runs a network this small many times slower. One core is therefore left free.
+    torch.set_num_threads(wanted or max(1, min(MOST_THREADS, before - 1)))
     try:
         yield
     finally:
@@ -75,9 +76,7 @@ def _train_all(train_set: data.Pairs, test_set: data.Pairs, options: Options, co
     runs = []
     with _progress(console, options.quiet) as progress:
         chosen = [_method(name, options.seed) for name in options.methods]
-        lines = [
-            progress.add_task(label(method), total=options.steps, start=False, note="") for method in chosen
-        ]
+        lines = [progress.add_task(label(method), total=options.steps, start=False, note="") for method in chosen]
         for method, line in zip(chosen, lines, strict=True):
             progress.start_task(line)
 
@@ -134,12 +133,10 @@ def _numbers(run: Run) -> dict[str, Any]:
         "mean_accuracy": float(final.mean()),
         "conflicting_steps": float(run.conflicts.double().mean()),
         "mean_cosine": {
-            f"{tasks[i]}, {tasks[j]}": float(run.cosines[:, i, j].mean())
-            for i, j in combinations(range(len(tasks)), 2)
+            f"{tasks[i]}, {tasks[j]}": float(run.cosines[:, i, j].mean()) for i, j in combinations(range(len(tasks)), 2)
         },
         "ms": {part: _spread(values) for part, values in run.milliseconds.items()},
-        "curve": {"step": run.evaluated}
-        | {task: run.accuracies[:, k].tolist() for k, task in enumerate(tasks)},
+        "curve": {"step": run.evaluated} | {task: run.accuracies[:, k].tolist() for k, task in enumerate(tasks)},
     }
 
 

@@ -39,10 +39,11 @@ def table(runs: Sequence[Run], options: Options) -> Table:
 
 def notes(options: Options, threads: int, one_backward: float) -> str:
     """How to read the table."""
+    plural = "" if threads == 1 else "s"
     return (
-        f"One run each, seed {options.seed}, {threads} thread(s); other seeds give other numbers, so read "
-        "nothing into small differences. In conflict: the gradients of at least one pair of tasks, over the "
-        f"shared trunk, have a negative cosine. Every method here runs {len(TASKS)} backward passes, so that "
-        "conflicts can be seen; a plain sum of the losses needs one, and its forward + backward takes "
-        f"{one_backward:.2f} ms here."
+        f"One run each, seed {options.seed}, {threads} thread{plural}; other seeds give other numbers, so "
+        "read nothing into small differences. In conflict: the gradients of at least one pair of tasks, over "
+        f"the shared trunk, have a negative cosine. Every method here runs {len(TASKS)} backward passes, so "
+        "that conflicts can be seen; a plain sum of the losses needs one, and its forward + backward "
+        f"takes {one_backward:.2f} ms here."
     )

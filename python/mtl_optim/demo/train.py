@@ -105,9 +105,7 @@ def train(
             accuracies.append(measured)
         advance(measured)
 
-    return Run(
-        method, evaluated, torch.stack(accuracies), cosines(torch.stack(grams)), torch.stack(conflicts), times
-    )
+    return Run(method, evaluated, torch.stack(accuracies), cosines(torch.stack(grams)), torch.stack(conflicts), times)
 
 
 def time_one_backward(train_set: Pairs, options: Options, steps: int = 30) -> float:

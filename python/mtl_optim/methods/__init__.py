@@ -29,9 +29,5 @@ def get(name: str) -> type[Method]:
 
 def _by_name() -> dict[str, type[Method]]:
     """Every class in ``__all__`` that has a name: there is no second list to keep."""
-    classes = (
-        value
-        for value in map(globals().get, __all__)
-        if isinstance(value, type) and issubclass(value, Method)
-    )
+    classes = (value for value in map(globals().get, __all__) if isinstance(value, type) and issubclass(value, Method))
     return {cls.name: cls for cls in classes if cls is not Method}

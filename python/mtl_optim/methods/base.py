@@ -103,9 +103,7 @@ class Method:
         Raises:
             TypeError: it is not a dict of tensors; the state stays as it was.
         """
-        if not isinstance(state_dict, dict) or not all(
-            isinstance(value, Tensor) for value in state_dict.values()
-        ):
+        if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
             raise TypeError("expected a dict of tensors, as state_dict() of the same method returns it")
         loaded = {key: value.clone() for key, value in state_dict.items()}
         self.state.clear()
@@ -122,9 +120,7 @@ def check_choice(owner: str, option: str, value: object, choices: Sequence[str])
 def check_gram(owner: str, gram: Tensor) -> None:
     """Raise unless ``gram`` is a floating point tensor ``[..., K, K]``."""
     if not isinstance(gram, Tensor):
-        raise TypeError(
-            f"{owner}: expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}"
-        )
+        raise TypeError(f"{owner}: expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}")
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(
             f"{owner}: expected a Gram matrix of shape [..., K, K], found {list(gram.shape)}; for rows of "
@@ -142,9 +138,7 @@ def check_active(owner: str, gram: Tensor, active: Tensor | None) -> None:
         found = active.dtype if isinstance(active, Tensor) else type(active).__name__
         raise TypeError(f"{owner}: expected active as a bool tensor, found {found}")
     if active.shape not in (gram.shape[:-1], gram.shape[-1:]):
-        raise ValueError(
-            f"{owner}: expected active of shape {list(gram.shape[:-1])}, found {list(active.shape)}"
-        )
+        raise ValueError(f"{owner}: expected active of shape {list(gram.shape[:-1])}, found {list(active.shape)}")
 
 
 def spread(owner: str, gram: Tensor, values: Tensor, active: Tensor | None) -> Tensor:

@@ -86,9 +86,7 @@ class Constant(Method):
 def _as_weights(weights: Sequence[float] | Tensor) -> tuple[float, ...]:
     values = weights.detach().tolist() if isinstance(weights, Tensor) else weights
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise TypeError(
-            f"Constant: expected a sequence of weights, one per task, found {type(weights).__name__}"
-        )
+        raise TypeError(f"Constant: expected a sequence of weights, one per task, found {type(weights).__name__}")
     if not values:
         raise ValueError("Constant: expected one weight per task, found none")
     for value in values:
@@ -96,7 +94,6 @@ def _as_weights(weights: Sequence[float] | Tensor) -> tuple[float, ...]:
             raise TypeError(f"Constant: expected numbers as weights, found {value!r}")
         if not math.isfinite(value) or value < 0:
             raise ValueError(
-                f"Constant: expected finite weights >= 0, found {value!r}; to climb a loss, negate the loss "
-                "itself"
+                f"Constant: expected finite weights >= 0, found {value!r}; to climb a loss, negate the loss itself"
             )
     return tuple(float(value) for value in values)

@@ -98,15 +98,12 @@ class MGDA(Method):
         if self.needs_losses:
             if losses is None:
                 raise ValueError(
-                    f"MGDA(normalize={self.normalize!r}) needs the values of the losses: pass losses=, a "
-                    "tensor [K]"
+                    f"MGDA(normalize={self.normalize!r}) needs the values of the losses: pass losses=, a tensor [K]"
                 )
             if not isinstance(losses, Tensor):
                 raise TypeError(f"MGDA: expected losses as a tensor [K], found {type(losses).__name__}")
             if losses.shape not in (gram.shape[:-1], gram.shape[-1:]):
-                raise ValueError(
-                    f"MGDA: expected losses of shape [{gram.shape[-1]}], found {list(losses.shape)}"
-                )
+                raise ValueError(f"MGDA: expected losses of shape [{gram.shape[-1]}], found {list(losses.shape)}")
             scale = scale * _positive_or_one(losses.detach().to(gram.device, torch.float64))
         return scale
 

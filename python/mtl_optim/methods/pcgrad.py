@@ -52,9 +52,7 @@ class PCGrad(Method):
         """The summed coefficients of the projected gradients; see `Method.solve`."""
         check_gram("PCGrad", gram)
         rng = self._rng(gram) if self.order == "random" else None
-        weights = mtl_kernels.pcgrad_weights(
-            gram, order=self.order, reduction=self.reduction, rng=rng, active=active
-        )
+        weights = mtl_kernels.pcgrad_weights(gram, order=self.order, reduction=self.reduction, rng=rng, active=active)
         if rng is not None:
             rng[1:].add_(1)
         return Solution(weights)

@@ -21,8 +21,10 @@ namespace mtl {
 
 struct MinNorm {
   static constexpr const char* name = "min_norm";
+  static constexpr int num_options = 3;
+  MTL_HD static bool needs_rng(const double*) { return false; }
 
-  // The factor, seven vectors of the exact solver, and two of int (88 KB at K = 128).
+  // The factor, seven vectors of the exact solver, and two of int (75 KB at K = 128).
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return PackedCholesky::doubles(num_tasks) + std::size_t{9} * static_cast<std::size_t>(num_tasks);
   }

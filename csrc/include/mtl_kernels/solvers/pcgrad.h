@@ -4,7 +4,7 @@
 // J' c_i, and what a projection needs of it is v = G c_i. Each task j != i is met once; if v_j < 0: c_ij -=
 // v_j / G_jj. w = sum_i c_i.
 //   options: {random order (0/1), mean over the active tasks (0/1)}
-//   rng: {seed, step}, read only when the order is random; without it the order is ascending
+//   rng: {seed, step}, read only when the order is random
 //   certificate: {0, 0}
 // Random order: task i of problem b meets j != i by ascending key (word & ~127) | j, where word is j % 4 of
 // the Philox position (b, i*32 + j/4). The low bits make keys distinct, so every backend sorts them alike.
@@ -16,6 +16,8 @@ namespace mtl {
 
 struct Pcgrad {
   static constexpr const char* name = "pcgrad";
+  static constexpr int num_options = 2;
+  MTL_HD static bool needs_rng(const double* options) { return options[0] != 0.0; }
 
   // K rows of v, and K rows of visiting order in bytes, so that every task may have a rank of its own (147 KB
   // at K = 128).
@@ -29,7 +31,7 @@ struct Pcgrad {
     const int num_active = begin(team, p);
     if (num_active == 0) return;
     const int num_tasks = p.num_tasks;
-    const bool random = p.options[0] != 0.0 && p.rng != nullptr;
+    const bool random = needs_rng(p.options);
     double* coefficients = p.scratch;
     auto* orders =
         reinterpret_cast<unsigned char*>(p.scratch + static_cast<std::ptrdiff_t>(num_tasks) * num_tasks);

@@ -1,0 +1,60 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+#
+#   VENV=0 PYTHON=python3   use an existing environment with torch as it is; nothing is downloaded
+#   TORCH="torch==2.11.0"   another torch for .venv
+#   ARGS="..."              passed on to the demo, the tests or the benchmark
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+# Without a GPU a pinned version, of which a CPU build is found where there is one.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
+
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+ifeq ($(VENV),0)
+  PY := $(PYTHON)
+  RUN := PYTHONPATH=.:python $(PYTHON)
+  READY := build/.ready-external
+else
+  PY := $(VENV)/bin/python
+  RUN := $(PY)
+  READY := $(VENV)/.ready
+endif
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(RUN) -m mtl_optim.cli demo $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS)") $(ARGS)
+
+bench: $(READY)
+	$(RUN) benchmarks/kernels.py $(ARGS)
+
+lint: $(READY)
+	$(PY) -m pip install --quiet ruff mypy clang-format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(dir $(PY))clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+
+# Torch is there before the package asks for it, so that the package's own requirement downloads nothing.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch $(SOURCES)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+# The native modules are built in place, with the compiler and pybind11 that are there.
+build/.ready-external: $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build dist *.egg-info mtl_kernels/*.so

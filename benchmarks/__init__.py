@@ -1,0 +1,1 @@
+"""Measurements of the kernels and of training steps, beside what people use today."""

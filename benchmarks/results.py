@@ -1,0 +1,204 @@
+"""Rows of measurements: what is stored, what is shown, and when a comparison may be made at all."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+OURS = "mtl-kernels"
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Row:
+    """One provider on one case, in the columns of the CSV; an empty cell is None.
+
+    ratio: median / that of the denominator. times_ours: median / the median of mtl-kernels on the same case.
+    Both, and the verdict on the budget, are there only for results that were found correct.
+    """
+
+    kernel: str
+    provider: str
+    K: int
+    N: int
+    dtype: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    gb_per_s: float | None = None
+    ratio: float | None = None
+    denominator: str = ""
+    denominator_us: float | None = None
+    budget: float | None = None
+    within_budget: bool | None = None
+    times_ours: float | None = None
+    correct: bool | None = None
+    error: float | None = None
+    machine: str = ""
+    cpu: str = ""
+    threads: int = 0
+    instruction_set: str = ""
+    torch: str = ""
+    mtl_kernels: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def judge(row: Row, error: float, limit: float, budget: float | None, budget_in_us: bool) -> Row:
+    """Fills in correctness and, only where the result is right, the ratio to the floor and the verdict."""
+    row.error, row.correct = error, bool(error <= limit)
+    if not row.correct:
+        row.ratio = None
+        return row
+    if row.denominator_us:
+        row.ratio = row.median_us / row.denominator_us
+    if row.provider == OURS and budget is not None:
+        row.budget = budget
+        reached = row.median_us if budget_in_us else row.ratio
+        row.within_budget = None if reached is None else reached <= budget
+    return row
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Sets times_ours of the rows of one case, where both results are correct."""
+    ours = next((row for row in rows if row.provider == OURS), None)
+    for row in rows:
+        if ours is not None and row is not ours and row.correct and ours.correct:
+            row.times_ours = row.median_us / ours.median_us
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    """A file name from any text."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "machine"
+
+
+def commit() -> str:
+    """The commit of the source tree, "-dirty" where it has changes, or "unknown"."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def environment(machine: str | None) -> dict[str, str | int]:
+    """The columns that say where and with what a row was measured."""
+    from mtl_kernels.config import config
+
+    facts = config()
+    threads = torch.get_num_threads()
+    return {
+        "machine": machine or slug(f"{cpu_name()} {os.cpu_count()} cores"),
+        "cpu": cpu_name(),
+        "threads": threads,
+        "instruction_set": facts["instruction set"],
+        "torch": facts["torch"],
+        "mtl_kernels": facts["mtl-kernels"],
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Writes all rows, replacing the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in asdict(row).items()})
+
+
+def _cell(value: object) -> object:
+    if value is None:
+        return ""
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
+def format_time(microseconds: float) -> str:
+    """Microseconds with three digits and a fitting unit."""
+    for unit, factor in (("us", 1.0), ("ms", 1e3), ("s", 1e6)):
+        if microseconds < 1000 * factor or unit == "s":
+            value = microseconds / factor
+            return f"{value:.{max(0, 2 - (value >= 10) - (value >= 100))}f} {unit}"
+    raise ValueError(microseconds)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as the printed table shows it: no ratio of any kind for a result that is wrong."""
+    if row.correct is False:
+        return [row.kernel, str(row.K), f"{row.N:,}" if row.N else "", row.dtype, row.provider,
+                format_time(row.median_us), "", "", "", "", f"wrong ({row.error:.1e})"]  # fmt: skip
+    return [
+        row.kernel,
+        str(row.K) if row.K else "",
+        f"{row.N:,}" if row.N else "",
+        row.dtype,
+        row.provider,
+        format_time(row.median_us),
+        f"{format_time(row.p20_us)} - {format_time(row.p80_us)}",
+        "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
+        "" if row.ratio is None else f"{row.ratio:.2f}",
+        "" if row.times_ours is None else f"{row.times_ours:.2f}x",
+        "" if row.within_budget is None else ("yes" if row.within_budget else "NO") + f" (<= {row.budget:g})",
+    ]
+
+
+HEADINGS = (
+    "kernel",
+    "K",
+    "N",
+    "dtype",
+    "provider",
+    "median",
+    "p20 - p80",
+    "GB/s",
+    "/ floor",
+    "/ ours",
+    "in budget",
+)
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints the rows as a table, with rich where it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for line in (HEADINGS, *(cells(row) for row in rows)):
+            print("  ".join(line))
+        return
+    table = Table(*HEADINGS)
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header in ("kernel", "dtype", "provider", "in budget") else "right"
+    previous = None
+    for row in rows:
+        if previous is not None and (row.kernel, row.K) != previous:
+            table.add_section()
+        previous = (row.kernel, row.K)
+        bad = row.correct is False or row.within_budget is False
+        table.add_row(*cells(row), style="red" if bad else "bold" if row.provider == OURS else None)
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)

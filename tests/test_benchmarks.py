@@ -1,0 +1,201 @@
+"""What the benchmarks plan, check, judge and write; nothing here depends on how fast anything ran."""
+
+import csv
+import itertools
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtl_kernels as mk
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import checks, kernels, peers, plots, results
+from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
+from benchmarks.results import OURS, Row, cells, compare, judge
+from benchmarks.timing import Effort, measure, summarize
+
+BRIEF = Effort(repeats=2, min_repeats=2, min_time=0.0, case_time=0.0)
+
+
+def row(provider: str = OURS, median_us: float = 20.0, **columns: object) -> Row:
+    return Row("gram", provider, 2, 1000, "float32", median_us, median_us, median_us, **columns)  # type: ignore[arg-type]
+
+
+def test_sizes_go_up_in_decades_to_the_largest() -> None:
+    assert sizes(2, 4, 400_000_000) == [1000, 10_000, 100_000, 1_000_000, 10_000_000, 50_000_000]
+    assert sizes(64, 4, 400_000_000)[-1] == 1_562_500
+    assert sizes(64, 4, 1000) == []
+
+
+def test_the_plan_covers_every_kernel_and_number_of_tasks() -> None:
+    cases = list(plan(KERNELS, 400_000_000, quick=False))
+    assert {(c.kernel, c.num_tasks) for c in cases} == set(itertools.product(KERNELS, TASKS))
+    assert len(cases) == len(set(cases))
+    assert all(c.row_bytes <= 400_000_000 for c in cases)
+    assert {c.dtype for c in cases if c.kernel == "gram"} == {torch.float32, torch.bfloat16}
+    quick = list(plan(["gram"], 40_000_000, quick=True))
+    assert {c.kernel for c in quick} == {"gram"} and len(quick) < 10
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_tasks", "expected"),
+    [("gram", 2, 1.10), ("gram", 6, 1.10), ("gram", 8, 1.15), ("gram", 16, 1.3), ("gram", 32, 1.8),
+     ("gram", 40, 1.975), ("gram", 64, 2.5), ("combine", 3, 1.1),
+     ("combine", 64, 1.1), ("pcgrad_step", 8, None)],
+)  # fmt: skip
+def test_budgets_of_streaming_sizes(kernel: str, num_tasks: int, expected: float | None) -> None:
+    large = Case(kernel, num_tasks, STREAMING_BYTES, torch.float32)
+    assert budget(large) == (None if expected is None else pytest.approx(expected))
+    assert budget(Case(kernel, num_tasks, 1000, torch.float32)) is None
+
+
+def test_budgets_of_solvers() -> None:
+    found = [budget(Case(s, k, 0, torch.float64)) for s in ("pcgrad", "min_norm") for k in (2, 8, 16, 40, 64)]
+    assert found == [5, 5, 100, 100, None, 20, 20, 5000, 5000, None]
+
+
+def test_a_right_result_gets_its_ratio_and_verdict() -> None:
+    good = judge(row(denominator_us=10.0), 1e-9, 1e-7, 1.5, budget_in_us=False)
+    assert good.correct and good.ratio == 2 and good.within_budget is False
+    solver = judge(row(), 0.0, 1e-10, 30.0, budget_in_us=True)
+    assert solver.within_budget and solver.ratio is None
+    rival = judge(row("torch", denominator_us=10.0), 1e-9, 1e-7, 1.5, budget_in_us=False)
+    assert rival.ratio == 2 and rival.within_budget is None
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])
+def test_a_wrong_result_gets_no_ratio_of_any_kind(error: float, tmp_path: Path) -> None:
+    for wrong in ("torch", OURS):
+        rows = [
+            judge(row(name, denominator_us=10.0), error if name == wrong else 0.0, 1e-7, 3.0, budget_in_us=False)
+            for name in (OURS, "torch")
+        ]
+        compare(rows)
+        found = next(r for r in rows if r.provider == wrong)
+        assert not found.correct and found.ratio is found.within_budget is None
+        assert all(r.times_ours is None for r in rows)
+        assert any("wrong" in cell for cell in cells(found))
+        results.write_csv(rows, tmp_path / "x.csv")
+        stored = next(r for r in csv.DictReader((tmp_path / "x.csv").open()) if r["provider"] == wrong)
+        assert stored["ratio"] == stored["times_ours"] == stored["within_budget"] == "" and stored["correct"] == "False"
+
+
+def test_percentiles() -> None:
+    found = summarize([5.0, 1.0, 3.0, 2.0, 4.0, 6.0])
+    assert (found.p20, found.median, found.p80) == (2.0, 3.5, 5.0)
+
+
+def test_measure_calls_everything_in_turn() -> None:
+    seen: list[str] = []
+    found = measure({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, BRIEF)
+    assert set(found) == {"a", "b"} and seen[-4:] == ["a", "b", "b", "a"]
+    assert all(t.p20 <= t.median <= t.p80 for t in found.values())
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case("gram", 3, 1000, torch.float32), Case("gram", 2, 1001, torch.bfloat16),
+     Case("combine", 4, 999, torch.float32), Case("combine", 3, 1001, torch.bfloat16),
+     Case("pcgrad", 5, 0, torch.float64), Case("min_norm", 5, 0, torch.float64),
+     Case("pcgrad_step", 4, 5000, torch.float32), Case("mgda_step", 4, 5000, torch.float32)],
+    ids=str,
+)  # fmt: skip
+def test_every_competitor_is_right(case: Case) -> None:
+    rows = kernels.run_case(case, BRIEF, torch.Generator().manual_seed(0))
+    assert rows[0].provider == OURS and len(rows) >= 2
+    for found in rows:
+        assert found.correct, f"{found.provider}: error {found.error}"
+    if case.num_columns:
+        assert all(found.ratio and found.gb_per_s and found.denominator for found in rows)
+
+
+def test_the_checks_see_errors() -> None:
+    rows = torch.randn(4, 300)
+    exact = mk.reference.gram(rows)
+    assert checks.gram_error(exact * (1 + 1e-5), exact) > checks.gram_limit(True, 4, torch.float32)
+    weights = torch.ones(4, dtype=torch.float64)
+    assert checks.combine_error(rows.sum(0) + 1e-3, rows, weights) > checks.combine_limit(False, 4, torch.float32)
+    assert checks.min_norm_error(torch.full((4,), 0.25), exact) > 1e-9
+    assert checks.min_norm_error(torch.ones(4), exact) == float("inf")
+    orders = [[0, 1, 2, 3]] * 4
+    assert checks.direction_error(rows.sum(0), rows, checks.pcgrad_weights(exact, orders)) > 1e-3
+
+
+def test_the_sample_has_both_ends() -> None:
+    assert checks.sample(10).tolist() == list(range(10))
+    found = checks.sample(1_000_000)
+    assert {0, 1, 999_999, 999_998} <= set(found.tolist()) and found.numel() == checks.SAMPLE
+
+
+def test_the_published_loops() -> None:
+    rows = torch.randn(5, 40, dtype=torch.float64)
+    random.seed(3)
+    orders = peers.draw_orders(5)
+    random.seed(3)
+    torch.testing.assert_close(peers.pcgrad_loop(rows), checks.pcgrad_weights(rows @ rows.T, orders) @ rows)
+    assert all(sorted(order) == list(range(5)) for order in orders)
+    weights = peers.frank_wolfe_loop(rows @ rows.T)
+    assert checks.min_norm_error(weights, rows @ rows.T) < 1e-2
+
+
+def test_a_whole_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--quick",
+        "--kernels",
+        "gram",
+        "--max-bytes",
+        "8e4",
+        "--output",
+        str(tmp_path),
+        "--machine",
+        "here",
+    ]
+    assert kernels.main(arguments) == 0
+    stored = list(csv.DictReader((tmp_path / "here.csv").open()))
+    assert {r["kernel"] for r in stored} >= {"gram", "read", "write", "copy", "matmul"}
+    ours = [r for r in stored if r["provider"] == OURS]
+    assert ours and all(r["machine"] == "here" and r["commit"] and r["torch"] == torch.__version__ for r in ours)
+    assert (tmp_path / "here.png").stat().st_size > 1000
+    assert "mtl-kernels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--kernels", "nope"], ["--threads", "0"], ["--max-bytes", "5"], ["--max-bytes", "nan"]]
+)
+def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.parse(arguments)
+    assert "error" in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.parse(["--help"])
+    shown = capsys.readouterr().out
+    for option in (
+        "--quick",
+        "--kernels",
+        "--output",
+        "--machine",
+        "--threads",
+        "--seed",
+        "--max-bytes",
+        "--all",
+    ):
+        assert option in shown
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    assert not plots.roofline([], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("us", "text"),
+    [(0.5, "0.50 us"), (12.34, "12.3 us"), (999.0, "999 us"), (1500.0, "1.50 ms"), (2e6, "2.00 s")],
+)
+def test_times_read_well(us: float, text: str) -> None:
+    assert results.format_time(us) == text
