@@ -1,37 +1,33 @@
 // The Gram products of one chunk of columns, on one thread.
 //
 // Few rows: all products of a vector of columns are taken in one pass over the rows, in registers.
-// More rows: columns are taken in blocks. A block of every row is copied into a buffer that stays in cache,
-// then register tiles of rows x rows run over the buffer and meanwhile ask for the memory of the next block,
-// so that memory and arithmetic work at the same time.
+// More rows: columns are taken in blocks short enough to stay in the first-level cache; register tiles of rows x rows
+// run over a block and meanwhile ask for memory a little further on, so that memory and arithmetic work at the same
+// time. Many rows would lie in the same cache sets (large tensors begin at equal offsets in their pages), so their
+// block is copied into a buffer first.
 //
-// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller
-// finds that this is accurate enough, in float over the columns of a block and in double from there on, at
-// half the arithmetic. Each pair of rows has one vector of sums, added up over its lanes at the end of the
-// chunk.
+// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller finds that
+// this is accurate enough, in float over a bounded number of columns and in double from there on, at half the
+// arithmetic. Each pair of rows has one vector of sums, added up over its lanes at the end of the chunk.
 #include "kernels.h"
 #include "simd.h"
 
 namespace mtl::cpu::MTL_ISA {
 namespace {
 
-constexpr int kTile = kLanes == 8 ? 5 : 3;  // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
+constexpr int kTile = kLanes == 8 ? 5 : 3;    // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
 constexpr int kDirect = kLanes == 8 ? 6 : 4;  // rows whose whole triangle fits the registers
-constexpr int kInPlace = 12;                  // rows of which a block stays in cache without a buffer
+constexpr int kInPlace = 12;                  // rows that are read where they are
 constexpr int kStep = 16;                     // columns taken at a time
-constexpr std::int64_t kBlock =
-    64 * kLanes;  // columns of a block: at most 32 products a lane are summed in float
-constexpr std::int64_t kFirstLevelBytes = 48 << 10;
+constexpr std::int64_t kFloatRun = 128 * kLanes;  // columns summed in float: at most 64 products a lane
+constexpr std::int64_t kMaxBlock = 256;
 constexpr std::int64_t kPad = 16;          // keeps equal columns of different rows out of one cache set
-constexpr std::int64_t kLookAhead = 2048;  // bytes by which the direct pass runs ahead of itself
+constexpr std::int64_t kLookAhead = 2048;  // bytes by which prefetching runs ahead
 
 std::size_t num_pairs(int num_tasks) { return static_cast<std::size_t>(num_tasks) * (num_tasks + 1) / 2; }
 
-// Half a block where that keeps the buffer in the first-level cache and a whole one would not.
-std::int64_t block_columns(int num_tasks) {
-  const std::int64_t bytes = kBlock * static_cast<std::int64_t>(sizeof(float)) * num_tasks;
-  return bytes > kFirstLevelBytes && bytes / 2 <= kFirstLevelBytes ? kBlock / 2 : kBlock;
-}
+// Columns of a block; longer ones where the sums that a block reads and writes outgrow the first-level cache.
+std::int64_t block_columns(int num_rows) { return num_rows > 24 ? kMaxBlock : kMaxBlock / 2; }
 
 // Vectors of the buffer's element type E.
 inline Vec load_as(const double*, const double* p) { return load(p); }
@@ -61,21 +57,21 @@ struct Prefetch {
   std::int64_t stride;
 };
 
-// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a ==
-// b) only j <= i. Rows of element type T, sums over the tile in E.
+// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a == b) only
+// j <= i. Rows of element type T, one vector of E a sum.
 template <class E, class T, int A, int B, bool kTriangle>
-void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t n, double* const* sums,
+void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t n, E* const* sums,
           const Prefetch& next) {
   constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
+  const E* const as_sum = nullptr;
   VecOf<E> acc[A][B];
   MTL_UNROLL
   for (int i = 0; i < A; ++i) {
     MTL_UNROLL
-    for (int j = 0; j < B; ++j) acc[i][j] = VecOf<E>{};
+    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) acc[i][j] = load_as(as_sum, sums[i] + j * kWidth);
   }
-  const E* const as_sum = nullptr;
   for (std::int64_t c = begin; c < begin + n; c += kStep) {
-    for (int s = 0; s < next.count; ++s) __builtin_prefetch(next.stream[s] + (c - begin) * next.stride, 0, 2);
+    for (int s = 0; s < next.count; ++s) __builtin_prefetch(next.stream[s] + (c - begin) * next.stride);
     MTL_UNROLL
     for (int l = 0; l < kStep; l += kWidth) {
       VecOf<E> x[A];
@@ -89,73 +85,56 @@ void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t
       }
     }
   }
-  // Through memory, where a vector of floats is two of doubles; widening in registers makes the compiler
-  // spill more.
-  alignas(kCacheLine) E written[A][B][kWidth];
   MTL_UNROLL
   for (int i = 0; i < A; ++i) {
     MTL_UNROLL
-    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) store(written[i][j], acc[i][j]);
-  }
-  for (int i = 0; i < A; ++i) {
-    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) {
-      double* sum = sums[i] + j * kLanes;
-      Vec total = load(sum);
-      for (int l = 0; l < kWidth; l += kLanes) total += load(written[i][j] + l);
-      store(sum, total);
-    }
+    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) store(sums[i] + j * kWidth, acc[i][j]);
   }
 }
 
-template <class T>
-using TileFunction = void (*)(const T* const*, const T* const*, std::int64_t, std::int64_t, double* const*,
+template <class E, class T>
+using TileFunction = void (*)(const T* const*, const T* const*, std::int64_t, std::int64_t, E* const*,
                               const Prefetch&);
 
 // By the height of the tile; a tile below the diagonal is always kTile wide, because only the last one is
 // short.
 template <class E, class T>
-constexpr TileFunction<T> kBelow[] = {nullptr,
+constexpr TileFunction<E, T> kBelow[] = {nullptr,
                                       tile<E, T, 1, kTile, false>,
                                       tile<E, T, 2, kTile, false>,
                                       tile<E, T, 3, kTile, false>,
                                       tile<E, T, 4, kTile, false>,
                                       tile<E, T, 5, kTile, false>};
 template <class E, class T>
-constexpr TileFunction<T> kDiagonal[] = {nullptr,
+constexpr TileFunction<E, T> kDiagonal[] = {nullptr,
                                          tile<E, T, 1, 1, true>,
                                          tile<E, T, 2, 2, true>,
                                          tile<E, T, 3, 3, true>,
                                          tile<E, T, 4, 4, true>,
                                          tile<E, T, 5, 5, true>};
 
-// Memory that the rows will need next: row k's from base[k] on, `stride` bytes a column.
-struct Ahead {
-  const char* base[kMaxTasks];
-  std::int64_t stride;
-};
-
-// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to
-// `sums`, one vector per pair of the lower triangle.
-template <class E, class T>
-void multiply(int num_tasks, const T* const* rows, std::int64_t begin, std::int64_t n, double* sums,
-              const Ahead& ahead) {
-  const int tile_rows = (num_tasks + kTile - 1) / kTile;
+// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to `sums`, one
+// vector of E per pair of the lower triangle. Prefetches the row that begins at ahead[k] for row k; T is what lies there.
+template <class E, class S, class T>
+void multiply(int num_rows, const S* const* rows, std::int64_t begin, std::int64_t n, E* sums, const T* const* ahead) {
+  constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
+  constexpr int kLines = kStep * sizeof(T) > kCacheLine ? kStep * sizeof(T) / kCacheLine : 1;
+  const int tile_rows = (num_rows + kTile - 1) / kTile;
   const int num_tiles = tile_rows * (tile_rows + 1) / 2;
-  const int lines = ahead.stride * kStep > static_cast<std::int64_t>(kCacheLine) ? 2 : 1;
-  double* row_sums[kTile];
+  E* row_sums[kTile];
   Prefetch next;
-  next.stride = ahead.stride;
+  next.stride = sizeof(T);
   int t = 0;
-  for (int i0 = 0; i0 < num_tasks; i0 += kTile) {
-    const int height = num_tasks - i0 < kTile ? num_tasks - i0 : kTile;
+  for (int i0 = 0; i0 < num_rows; i0 += kTile) {
+    const int height = num_rows - i0 < kTile ? num_rows - i0 : kTile;
     for (int j0 = 0; j0 <= i0; j0 += kTile, ++t) {
-      for (int i = 0; i < height; ++i) row_sums[i] = sums + (num_pairs(i0 + i) + j0) * kLanes;
+      for (int i = 0; i < height; ++i) row_sums[i] = sums + (num_pairs(i0 + i) + j0) * kWidth;
       // The tiles share the rows among them: tile t prefetches rows t, t + num_tiles, ...
       next.count = 0;
-      for (int k = t; ahead.stride > 0 && k < num_tasks; k += num_tiles)
-        for (int line = 0; line < lines; ++line)
-          next.stream[next.count++] = ahead.base[k] + line * kCacheLine;
-      (j0 < i0 ? kBelow<E, T> : kDiagonal<E, T>)[height](rows + i0, rows + j0, begin, n, row_sums, next);
+      for (int k = t; k < num_rows; k += num_tiles)
+        for (int line = 0; line < kLines; ++line)
+          next.stream[next.count++] = reinterpret_cast<const char*>(ahead[k]) + line * kCacheLine;
+      (j0 < i0 ? kBelow<E, S> : kDiagonal<E, S>)[height](rows + i0, rows + j0, begin, n, row_sums, next);
     }
   }
 }
@@ -207,16 +186,18 @@ void direct(int num_tasks, const T* const* rows, std::int64_t n, double* sums) {
   }
 }
 
-// The state of one chunk. Work goes on over the rows that are present in the current parameter: an absent row
-// takes no part, so that it stays a row of zeros whatever the others hold. Their sums are added to the
-// chunk's when another set of rows becomes present.
+// The state of one chunk. Work goes on over the rows that are present in the current parameter: an absent row takes no
+// part, so that it stays a row of zeros whatever the others hold. Their sums are added to the chunk's when another set
+// of rows becomes present.
 class ChunkGram {
  public:
   ChunkGram(const RowTable& table, bool in_float, double* scratch)
       : table_(table), in_float_(in_float), total_(scratch) {
-    sums_ = total_ + num_pairs(table.num_tasks) * kLanes;
-    buffer_ = sums_ + num_pairs(table.num_tasks) * kLanes;
-    for (std::size_t i = 0; i < num_pairs(table.num_tasks) * kLanes; ++i) total_[i] = 0;
+    const std::size_t vectors = num_pairs(table.num_tasks) * kLanes;
+    sums_ = total_ + vectors;
+    float_sums_ = reinterpret_cast<float*>(sums_ + vectors);
+    buffer_ = sums_ + 2 * vectors;
+    for (std::size_t i = 0; i < vectors; ++i) total_[i] = 0;
   }
 
   void add(const Segment& segment) {
@@ -262,11 +243,13 @@ class ChunkGram {
     for (int k = 0; k < table_.num_tasks; ++k)
       if (address(k, param) != 0) task_[K_++] = k;
     for (std::size_t i = 0; i < num_pairs(K_) * kLanes; ++i) sums_[i] = 0;
+    for (std::size_t i = 0; i < num_pairs(K_) * 2 * kLanes; ++i) float_sums_[i] = 0;
     block_ = block_columns(K_);
   }
 
   void leave_rows() {
     flush();
+    drain();
     for (int i = 0; i < K_; ++i) {
       for (int j = 0; j <= i; ++j) {
         double* total = total_ + (num_pairs(task_[i]) + task_[j]) * kLanes;
@@ -281,7 +264,7 @@ class ChunkGram {
     const T* row[kMaxTasks];
     for (int i = 0; i < K_; ++i)
       row[i] = reinterpret_cast<const T*>(address(task_[i], segment.param)) + segment.begin;
-    if (K_ <= kDirect && segment.length >= kBlock / 2) return direct(K_, row, segment.length, sums_);
+    if (K_ <= kDirect && segment.length >= kMaxBlock) return direct(K_, row, segment.length, sums_);
     if constexpr (sizeof(T) < sizeof(double)) {
       if (in_float_ && K_ <= kInPlace) return in_place<float>(row, segment.length);
       if (in_float_) return append<float>(row, segment.length);
@@ -291,14 +274,13 @@ class ChunkGram {
 
   template <class E, class T>
   void in_place(const T* const* row, std::int64_t length) {
-    Ahead ahead;
+    const T* ahead[kMaxTasks];
     std::int64_t c = 0;
     while (c + kStep <= length) {
       const std::int64_t left = (length - c) / kStep * kStep;
-      const std::int64_t n = left < kBlock ? left : kBlock;
-      ahead.stride = left > n ? sizeof(T) : 0;
-      for (int i = 0; i < K_; ++i) ahead.base[i] = reinterpret_cast<const char*>(row[i] + c + n);
-      multiply<E>(K_, row, c, n, sums_, ahead);
+      const std::int64_t n = left < block_ ? left : block_;
+      for (int i = 0; i < K_; ++i) ahead[i] = row[i] + c + kLookAhead / sizeof(T);
+      multiply_block<E>(row, c, n, ahead);
       c += n;
     }
     if (c < length) {
@@ -320,13 +302,35 @@ class ChunkGram {
       done += n;
       filled_ += n;
       if (filled_ == block_) {
-        Ahead ahead;
-        ahead.stride = done < length ? sizeof(T) : 0;
-        for (int i = 0; i < K_; ++i) ahead.base[i] = reinterpret_cast<const char*>(row[i] + done);
-        multiply<E>(K_, rows_of(buffer), 0, block_, sums_, ahead);
+        const T* ahead[kMaxTasks];
+        for (int i = 0; i < K_; ++i) ahead[i] = row[i] + done - n + kLookAhead / sizeof(T);
+        multiply_block<E>(rows_of(buffer), 0, block_, ahead);
         filled_ = 0;
       }
     }
+  }
+
+  template <class E, class S, class T>
+  void multiply_block(const S* const* rows, std::int64_t begin, std::int64_t n, const T* const* ahead) {
+    if constexpr (sizeof(E) == sizeof(double)) {
+      multiply(K_, rows, begin, n, sums_, ahead);
+    } else {
+      multiply(K_, rows, begin, n, float_sums_, ahead);
+      float_run_ += n;
+      if (float_run_ + block_ > kFloatRun) drain();
+    }
+  }
+
+  // Moves the sums in float over to those in double.
+  void drain() {
+    if (float_run_ == 0) return;
+    for (std::size_t pair = 0; pair < num_pairs(K_); ++pair) {
+      float* from = float_sums_ + pair * 2 * kLanes;
+      double* to = sums_ + pair * kLanes;
+      store(to, load(to) + (load(from) + load(from + kLanes)));
+      store(from, VecF{});
+    }
+    float_run_ = 0;
   }
 
   void flush() {
@@ -343,9 +347,8 @@ class ChunkGram {
     const std::int64_t padded = (filled_ + kStep - 1) / kStep * kStep;
     for (int i = 0; i < K_; ++i)
       for (std::int64_t c = filled_; c < padded; ++c) buffer[i * stride() + c] = 0;
-    Ahead nothing;
-    nothing.stride = 0;
-    multiply<E>(K_, rows_of(buffer), 0, padded, sums_, nothing);
+    const E* const* rows = rows_of(buffer);
+    multiply_block<E>(rows, 0, padded, rows);
     filled_ = 0;
   }
 
@@ -360,11 +363,12 @@ class ChunkGram {
   const RowTable& table_;
   const bool in_float_;
   double* const total_;  // a vector per pair of all tasks
-  double* sums_;         // a vector per pair of the present ones
+  double* sums_;         // a vector per pair of the present ones,
+  float* float_sums_;    // and what is not yet added to it
   double* buffer_;
   int K_ = 0;  // present rows, and which tasks they are
   int task_[kMaxTasks];
-  std::int64_t block_ = 0, filled_ = 0;
+  std::int64_t block_ = 0, filled_ = 0, float_run_ = 0;
   bool block_in_float_ = false;
   const void* buffer_rows_[kMaxTasks];
 };
@@ -372,7 +376,7 @@ class ChunkGram {
 }  // namespace
 
 std::size_t gram_scratch(int num_tasks) {
-  return 2 * num_pairs(num_tasks) * kLanes + static_cast<std::size_t>(num_tasks * (kBlock + kPad));
+  return 3 * num_pairs(num_tasks) * kLanes + static_cast<std::size_t>(num_tasks * (kMaxBlock + kPad));
 }
 
 void gram_chunk(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+
+from mtl_kernels.version import __version__
 
 from .demo.options import MAX_BATCH_SIZE, Options
 
@@ -43,7 +44,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         prog="mtl-kernels",
         description="Compiled kernels that combine the per-task gradients of multi-task training.",
     )
-    parser.add_argument("--version", action="version", version=metadata.version("mtl-kernels"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser(
         "info",
