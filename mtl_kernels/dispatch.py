@@ -66,9 +66,10 @@ def resolve(device: torch.device, backend: str | None) -> Backend:
         RuntimeError: a backend asked for by name that is not available, or does not run on the device.
     """
     name = requested(backend)
-    found = _resolved.get((device.type, name))
+    key = (device.type, name)
+    found = _resolved.get(key)
     if found is None:
-        found = _resolved[device.type, name] = _choose(device, name)
+        found = _resolved[key] = _choose(device, name)
     return found
 
 

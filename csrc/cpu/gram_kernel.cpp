@@ -1,26 +1,27 @@
 // The Gram products of one chunk of columns, on one thread.
 //
 // Few rows: all products of a vector of columns are taken in one pass over the rows, in registers.
-// More rows: columns are taken in blocks short enough to stay in the first-level cache; register tiles of rows x rows
-// run over a block and meanwhile ask for memory a little further on, so that memory and arithmetic work at the same
-// time. Many rows would lie in the same cache sets (large tensors begin at equal offsets in their pages), so their
-// block is copied into a buffer first.
+// More rows: columns are taken in blocks short enough to stay in the first-level cache; register tiles of
+// rows x rows run over a block and meanwhile ask for memory a little further on, so that memory and
+// arithmetic work at the same time. Many rows would lie in the same cache sets (large tensors begin at equal
+// offsets in their pages), so their block is copied into a buffer first.
 //
-// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller finds that
-// this is accurate enough, in float over a bounded number of columns and in double from there on, at half the
-// arithmetic. Each pair of rows has one vector of sums, added up over its lanes at the end of the chunk.
+// Products are summed in double, where those of float32 and narrower elements are exact; or, when the caller
+// finds that this is accurate enough, in float over a bounded number of columns and in double from there on,
+// at half the arithmetic. Each pair of rows has one vector of sums, added up over its lanes at the end of the
+// chunk.
 #include "kernels.h"
 #include "simd.h"
 
 namespace mtl::cpu::MTL_ISA {
 namespace {
 
-constexpr int kTile = kLanes == 8 ? 5 : 3;    // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
-constexpr int kDirect = kLanes == 8 ? 6 : 4;  // rows whose whole triangle fits the registers
-constexpr int kInPlace = 12;                  // rows that are read where they are
-constexpr int kStep = 16;                     // columns taken at a time
-constexpr std::int64_t kFloatRun = 128 * kLanes;  // columns summed in float: at most 64 products a lane
-constexpr std::int64_t kMaxBlock = 256;
+constexpr int kTile = kLanes == 8 ? 5 : 3;  // rows of a tile: the sums and operands of 5 x 5 fit 32 registers
+constexpr int kDirect = kLanes == 8 ? 6 : 4;     // rows whose whole triangle fits the registers
+constexpr int kInPlace = 12;                     // rows that are read where they are
+constexpr int kStep = 16;                        // columns taken at a time
+constexpr std::int64_t kFloatRun = 64 * kLanes;  // columns summed in float: at most 32 products a lane
+constexpr std::int64_t kMaxBlock = kFloatRun / 2;
 constexpr std::int64_t kPad = 16;          // keeps equal columns of different rows out of one cache set
 constexpr std::int64_t kLookAhead = 2048;  // bytes by which prefetching runs ahead
 
@@ -57,8 +58,8 @@ struct Prefetch {
   std::int64_t stride;
 };
 
-// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a == b) only
-// j <= i. Rows of element type T, one vector of E a sum.
+// sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a ==
+// b) only j <= i. Rows of element type T, one vector of E a sum.
 template <class E, class T, int A, int B, bool kTriangle>
 void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t n, E* const* sums,
           const Prefetch& next) {
@@ -100,23 +101,25 @@ using TileFunction = void (*)(const T* const*, const T* const*, std::int64_t, st
 // short.
 template <class E, class T>
 constexpr TileFunction<E, T> kBelow[] = {nullptr,
-                                      tile<E, T, 1, kTile, false>,
-                                      tile<E, T, 2, kTile, false>,
-                                      tile<E, T, 3, kTile, false>,
-                                      tile<E, T, 4, kTile, false>,
-                                      tile<E, T, 5, kTile, false>};
+                                         tile<E, T, 1, kTile, false>,
+                                         tile<E, T, 2, kTile, false>,
+                                         tile<E, T, 3, kTile, false>,
+                                         tile<E, T, 4, kTile, false>,
+                                         tile<E, T, 5, kTile, false>};
 template <class E, class T>
 constexpr TileFunction<E, T> kDiagonal[] = {nullptr,
-                                         tile<E, T, 1, 1, true>,
-                                         tile<E, T, 2, 2, true>,
-                                         tile<E, T, 3, 3, true>,
-                                         tile<E, T, 4, 4, true>,
-                                         tile<E, T, 5, 5, true>};
+                                            tile<E, T, 1, 1, true>,
+                                            tile<E, T, 2, 2, true>,
+                                            tile<E, T, 3, 3, true>,
+                                            tile<E, T, 4, 4, true>,
+                                            tile<E, T, 5, 5, true>};
 
-// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to `sums`, one
-// vector of E per pair of the lower triangle. Prefetches the row that begins at ahead[k] for row k; T is what lies there.
+// Adds the products of all pairs of rows over the columns [begin, begin + n), n a multiple of kStep, to
+// `sums`, one vector of E per pair of the lower triangle. Prefetches the row that begins at ahead[k] for row
+// k; T is what lies there.
 template <class E, class S, class T>
-void multiply(int num_rows, const S* const* rows, std::int64_t begin, std::int64_t n, E* sums, const T* const* ahead) {
+void multiply(int num_rows, const S* const* rows, std::int64_t begin, std::int64_t n, E* sums,
+              const T* const* ahead) {
   constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
   constexpr int kLines = kStep * sizeof(T) > kCacheLine ? kStep * sizeof(T) / kCacheLine : 1;
   const int tile_rows = (num_rows + kTile - 1) / kTile;
@@ -186,9 +189,9 @@ void direct(int num_tasks, const T* const* rows, std::int64_t n, double* sums) {
   }
 }
 
-// The state of one chunk. Work goes on over the rows that are present in the current parameter: an absent row takes no
-// part, so that it stays a row of zeros whatever the others hold. Their sums are added to the chunk's when another set
-// of rows becomes present.
+// The state of one chunk. Work goes on over the rows that are present in the current parameter: an absent row
+// takes no part, so that it stays a row of zeros whatever the others hold. Their sums are added to the
+// chunk's when another set of rows becomes present.
 class ChunkGram {
  public:
   ChunkGram(const RowTable& table, bool in_float, double* scratch)

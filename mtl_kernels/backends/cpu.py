@@ -24,9 +24,6 @@ except ImportError as error:
     _reason = f"the extension module mtl_kernels._cpu does not load ({error}); reinstall mtl-kernels"
 
 
-_FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": torch.device("cpu")}
-
-
 class CpuBackend:
     """SIMD kernels chosen at run time for this processor, on as many threads as torch uses."""
 
@@ -76,9 +73,14 @@ class CpuBackend:
     ) -> tuple[Tensor, Tensor | None]:
         shape = gram.shape
         num_tasks = shape[-1]
-        batch = 1 if len(shape) == 2 else math.prod(shape[:-2])
-        weights = torch.empty(shape[:-1], **_FLOAT64)
-        certificate = torch.empty((*shape[:-2], 2), **_FLOAT64) if certified else None
+        if len(shape) == 2:
+            batch = 1
+            weights = gram.new_empty(num_tasks)
+            certificate = gram.new_empty(2) if certified else None
+        else:
+            batch = math.prod(shape[:-2])
+            weights = gram.new_empty(shape[:-1])
+            certificate = gram.new_empty((*shape[:-2], 2)) if certified else None
         _cpu.solve(
             solver,
             batch,
