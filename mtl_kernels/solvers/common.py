@@ -9,16 +9,18 @@ from torch import Tensor
 
 
 class Solution(NamedTuple):
-    """Task weights and how good they are.
+    """Weights of the original rows, and how good they are.
 
-    weights: float64 ``[..., K]``.
-    gap: float64 ``[...]``, nan for a Gram matrix that is not finite.
-    iterations: int64 ``[...]``.
+    Attributes:
+        weights: float64 ``[..., K]``.
+        gap: float64 ``[...]`` duality gap, nan for a Gram matrix that is not finite; ``None`` where the method has no
+            certificate.
+        iterations: int64 ``[...]``, or ``None`` likewise.
     """
 
     weights: Tensor
-    gap: Tensor
-    iterations: Tensor
+    gap: Tensor | None = None
+    iterations: Tensor | None = None
 
 
 class Problems(NamedTuple):

@@ -55,9 +55,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
     The *managed* parameters are those of the wrapped optimizer that require grad, except param groups with
     ``mtl=False``, which receive the plain sum. A managed parameter that two or more tasks reach *in a step*
     is shared: its gradients are combined. One that a single task reaches keeps that gradient (see
-        ``head_scaling``), one that none
-    reaches keeps its ``.grad``. As everywhere in PyTorch, the result is added to a ``.grad`` that is already
-    there.
+    ``head_scaling``), one that none reaches keeps its ``.grad``. As everywhere in PyTorch, the result is added to a
+    ``.grad`` that is already there.
 
     A list of losses names its tasks "0", "1", ...; a dict names them itself. Tasks keep the order in which
     they were first seen. A known task that is absent from a step takes no part in it.

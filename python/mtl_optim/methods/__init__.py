@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Method, Solution
+from mtl_kernels import Solution
+
+from .base import Method
 from .constant import Constant, Mean, Sum
 from .mgda import MGDA
 from .pcgrad import PCGrad

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import RowTable
-
-
-class Solution(NamedTuple):
-    """Weights of the original rows, and the certificate of an iterative solver.
-
-    Attributes:
-        weights: float64 ``[..., K]``.
-        gap: float64 ``[...]`` duality gap, or ``None`` where the method has no certificate.
-        iterations: int64 ``[...]``, or ``None`` likewise.
-    """
-
-    weights: Tensor
-    gap: Tensor | None = None
-    iterations: Tensor | None = None
+from mtl_kernels import RowTable, Solution
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

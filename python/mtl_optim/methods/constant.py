@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Method, Solution, check_active, check_gram, spread
+from mtl_kernels import Solution
+
+from .base import Method, check_active, check_gram, spread
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

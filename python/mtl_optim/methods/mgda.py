@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import mtl_kernels
+from mtl_kernels import Solution
 
-from .base import Method, Solution, check_choice, check_gram
+from .base import Method, check_choice, check_gram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ class MGDA(Method):
         weights, gap, iterations = mtl_kernels.min_norm_weights(
             problem, solver=self.solver, max_iters=self.max_iters, tol=self.tol, active=active
         )
-        if scale is not None and self.weights_for == "original":
+        if scale is not None and gap is not None and self.weights_for == "original":
             # A gap of NaN marks a non-finite problem, whose 1 / K weights are to reach the rows as they are.
             weights = torch.where(gap.isnan().unsqueeze(-1), weights, weights / scale)
         return Solution(weights, gap, iterations)

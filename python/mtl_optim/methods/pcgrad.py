@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 import mtl_kernels
+from mtl_kernels import Solution
 
-from .base import Method, Solution, check_choice, check_gram
+from .base import Method, check_choice, check_gram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
