@@ -49,15 +49,6 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def requested(backend: str | None) -> str:
-    """The name asked for by argument, context or environment, in this order; "auto" when nobody asked."""
-    if backend is None:
-        backend = _forced.get()
-    if backend is None:
-        backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    return backend
-
-
 def resolve(device: torch.device, backend: str | None) -> Backend:
     """The backend that runs an operation on tensors of ``device``.
 
@@ -65,7 +56,9 @@ def resolve(device: torch.device, backend: str | None) -> Backend:
         ValueError: an unknown name.
         RuntimeError: a backend asked for by name that is not available, or does not run on the device.
     """
-    name = requested(backend)
+    name = backend
+    if name is None:
+        name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     key = (device.type, name)
     found = _resolved.get(key)
     if found is None:

@@ -121,7 +121,7 @@ def test_an_explicit_request_does_not_fall_back(without_cpu: None, monkeypatch: 
         mk.gram(ROWS, backend="cpu")
     with pytest.raises(RuntimeError, match=message), mk.use_backend("cpu"):
         pass
-    assert dispatch.requested(None) == "auto"
+    assert dispatch.resolve(torch.device("cpu"), None).name == "reference"
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cpu")
     with pytest.raises(RuntimeError, match=message):
         mk.gram(ROWS)
