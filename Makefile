@@ -18,7 +18,8 @@ ifeq ($(VENV),0)
   RUN := PYTHONPATH=.:python $(PYTHON)
   READY := build/.ready-external
 else
-  PY := $(VENV)/bin/python
+  BIN := $(VENV)/bin/
+  PY := $(BIN)python
   RUN := $(PY)
   READY := $(VENV)/.ready
 endif
@@ -33,13 +34,13 @@ test: $(READY)
 
 bench: $(READY)
 	$(RUN) benchmarks/kernels.py $(ARGS)
+	$(RUN) benchmarks/steps.py
 
 lint: $(READY)
-	$(PY) -m pip install --quiet ruff mypy clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(dir $(PY))clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
 # Torch is there before the package asks for it, so that the package's own requirement downloads nothing.
 $(VENV)/.torch:
@@ -48,7 +49,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
-	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 # The native modules are built in place, with the compiler and pybind11 that are there.

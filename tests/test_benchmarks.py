@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import mtl_kernels as mk
+from mtl_optim import MGDA, Method, PCGrad
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import checks, kernels, peers, plots, results
+from benchmarks import checks, kernels, peers, plots, results, steps
 from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
 from benchmarks.results import OURS, Row, cells, compare, judge
 from benchmarks.timing import Effort, measure, summarize
@@ -199,3 +200,10 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 )
 def test_times_read_well(us: float, text: str) -> None:
     assert results.format_time(us) == text
+
+
+@pytest.mark.parametrize("method", [PCGrad(), MGDA()], ids=lambda method: method.name)
+def test_the_step_workload_combines_what_it_times(method: Method) -> None:
+    workload = steps.Workload(2, method)
+    assert workload.error() < 1e-5
+    assert len(workload.backwards()) == 2 and len(workload.combination) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 IGNORED = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "__pycache__", ".*_cache")
 
 PROBE = """
+import sys
+# An editable install would answer for what the wheel lacks.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 import torch, mtl_kernels, mtl_optim
 print(mtl_kernels.__file__)
 print(mtl_kernels.show_config())
@@ -22,24 +27,21 @@ print(mtl_optim.PCGrad()(torch.eye(2)).tolist())
 """
 
 
-def build(tmp_path: Path, **environment: str) -> tuple[Path, str]:
-    """A wheel of a copy of the tree, and what the build printed."""
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=IGNORED)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        ".",
-        "-v",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(tmp_path),
-    ]
-    result = subprocess.run(
-        command, cwd=tmp_path / "tree", env={**os.environ, **environment}, capture_output=True, text=True
+def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Builds a wheel of the tree's copy into ``tmp_path``."""
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--verbose", "--no-build-isolation", "--no-deps"]
+    return subprocess.run(
+        [*command, "--wheel-dir", str(tmp_path)],
+        cwd=tmp_path / "tree",
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
+
+
+def build(tmp_path: Path, **environment: str) -> tuple[Path, str]:
+    """The wheel, and what the build printed."""
+    result = run_build(tmp_path, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     return wheel, result.stdout + result.stderr
@@ -59,11 +61,16 @@ def probe(wheel: Path, tmp_path: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def build_tools() -> None:
-    for module in ("pip", "setuptools", "pybind11"):
-        pytest.importorskip(module, reason=f"{module} is needed to build a wheel")
+def tree(tmp_path: Path) -> Path:
+    """A copy of the tree, where there is what it takes to build it."""
+    missing = [name for name in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+    missing += [name for name in ("cmake", "ninja") if not shutil.which(name, path=TOOLS)]
+    if missing:
+        pytest.skip(f"building a wheel needs {', '.join(missing)}")
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=IGNORED)
+    return tmp_path / "tree"
 
 
 @pytest.mark.slow
@@ -86,10 +93,9 @@ def test_wheel_without_a_compiler(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_build_that_fails_fails_the_install(tmp_path: Path) -> None:
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=IGNORED)
-    source = tmp_path / "tree" / "csrc" / "cpu" / "parallel.cpp"
+def test_a_build_that_fails_fails_the_install(tmp_path: Path, tree: Path) -> None:
+    source = tree / "csrc" / "cpu" / "parallel.cpp"
     source.write_text(source.read_text() + "\nthis is not C++\n")
-    result = run_build(tmp_path, {})
+    result = run_build(tmp_path)
     assert result.returncode != 0 and not list(tmp_path.glob("*.whl"))
     assert "error" in result.stdout + result.stderr

@@ -1,0 +1,178 @@
+"""What a training step costs: K backward passes, and what combining their gradients adds.
+
+A convolutional trunk (3.5 M shared parameters) with K linear heads, batch 64. In turn, repeat by repeat:
+
+    plain sum        one backward pass of the summed losses, the floor for a user who does not combine
+    K backwards      the K passes that per-task gradients need, whatever is done with them: the denominator
+    mtl-kernels      `MultiTaskOptimizer.backward`; the part spent in `combine` is also reported apart
+    torchjd          `torchjd.autojac` with the same aggregator, where it is installed
+
+The forward pass is in all of them. Optimizer steps are in none. Every row is checked: the gradients of the trunk agree
+with a float64 combination of rows from `torch.autograd.grad`, or the row shows no ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import mtl_kernels
+from benchmarks import results, timing
+from mtl_optim import MGDA, Method, MultiTaskOptimizer, PCGrad
+
+BUDGET = 1.05
+
+
+class Network(nn.Module):
+    """A trunk of four convolutions and a wide layer, and K heads."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((3, 32), (32, 64), (64, 128), (128, 128)):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 256))
+        self.heads = nn.ModuleList(nn.Linear(256, 10) for _ in range(num_tasks))
+
+    def losses(self, images: Tensor, labels: Tensor) -> list[Tensor]:
+        features = self.trunk(images).relu()
+        return [nn.functional.cross_entropy(head(features), labels[k]) for k, head in enumerate(self.heads)]
+
+
+class Workload:
+    """One network with its batch, and the ways to get its gradients."""
+
+    def __init__(self, num_tasks: int, method: Method) -> None:
+        generator = torch.Generator().manual_seed(num_tasks)
+        torch.manual_seed(num_tasks)
+        self.network = Network(num_tasks)
+        self.images = torch.randn(64, 3, 32, 32, generator=generator)
+        self.labels = torch.randint(10, (num_tasks, 64), generator=generator)
+        self.method = method
+        self.optimizer = MultiTaskOptimizer(torch.optim.SGD(self.network.parameters(), lr=0.0), method)
+        self.combination: list[float] = []
+
+    def losses(self) -> list[Tensor]:
+        self.network.zero_grad()
+        return self.network.losses(self.images, self.labels)
+
+    def plain_sum(self) -> None:
+        torch.stack(self.losses()).sum().backward()  # type: ignore[no-untyped-call]
+
+    def backwards(self) -> list[list[Tensor | None]]:
+        losses, rows = self.losses(), []
+        parameters = list(self.network.parameters())
+        for k, loss in enumerate(losses):
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward(retain_graph=k < len(losses) - 1)  # type: ignore[no-untyped-call]
+            rows.append([parameter.grad for parameter in parameters])
+        return rows
+
+    def ours(self) -> None:
+        self.optimizer.zero_grad()
+        losses = self.network.losses(self.images, self.labels)
+        self.optimizer.backward(losses, accumulate=True)
+        begin = time.perf_counter()
+        self.optimizer.combine()
+        self.combination.append(time.perf_counter() - begin)
+
+    def torchjd(self) -> Callable[[], None] | None:
+        try:
+            from torchjd import aggregation, autojac
+        except ImportError:
+            return None
+        aggregator = {"pcgrad": aggregation.PCGrad, "mgda": aggregation.MGDA}[self.method.name]()
+
+        def step() -> None:
+            features = self.network.trunk(self.images).relu()
+            self.network.zero_grad()
+            losses = [
+                nn.functional.cross_entropy(head(features), self.labels[k]) for k, head in enumerate(self.network.heads)
+            ]
+            autojac.mtl_backward(losses, features=features)
+            autojac.jac_to_grad(self.network.trunk.parameters(), aggregator)
+
+        return step
+
+    def error(self) -> float:
+        """Relative error of the trunk's gradient against a float64 combination with the weights of the report."""
+        self.ours()
+        trunk = list(self.network.trunk.parameters())
+        found = torch.cat([parameter.grad.flatten() for parameter in trunk if parameter.grad is not None]).double()
+        losses = self.network.losses(self.images, self.labels)
+        rows = [
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, trunk, retain_graph=True)]) for loss in losses
+        ]
+        report = self.optimizer.report
+        if report is None:
+            raise RuntimeError("no report after a step")
+        expected = torch.stack([row.double() for row in rows]).T @ report.weights
+        return float((found - expected).norm() / expected.norm())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What combining gradients adds to a training step.")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[3, 8, 40], help="numbers of tasks (default: 3 8 40)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
+    parser.add_argument("--machine", default=None, help="name of the file (default: from the processor's name)")
+    parser.add_argument("--quick", action="store_true", help="few repeats: a look, not a measurement")
+    arguments = parser.parse_args()
+    environment = results.environment(arguments.machine)
+    effort = timing.QUICK if arguments.quick else timing.Effort(15, 5, 1e-3, 12.0)
+    print(mtl_kernels.show_config())
+    rows = []
+    for num_tasks in arguments.tasks:
+        for method in (PCGrad(), MGDA()):
+            workload = Workload(num_tasks, method)
+            correct = workload.error() < 1e-5
+            functions: dict[str, Callable[[], object]] = {
+                "plain sum": workload.plain_sum,
+                "K backwards": workload.backwards,
+                "mtl-kernels": workload.ours,
+            }
+            if (peer := workload.torchjd()) is not None:
+                functions["torchjd"] = peer
+            timings = timing.measure(functions, effort)
+            combination = statistics.median(workload.combination)
+            floor = timings["K backwards"].median
+            for provider, found in timings.items():
+                ours = provider == "mtl-kernels"
+                ratio = found.median / floor if correct or not ours else None
+                rows.append(
+                    {
+                        "method": method.name,
+                        "provider": provider,
+                        "K": num_tasks,
+                        "median_ms": round(found.median * 1e3, 3),
+                        "p20_ms": round(found.p20 * 1e3, 3),
+                        "p80_ms": round(found.p80 * 1e3, 3),
+                        "combine_ms": round(combination * 1e3, 3) if ours else "",
+                        "ratio_to_K_backwards": "" if ratio is None else round(ratio, 3),
+                        "within_budget": "" if ratio is None or not ours else ratio <= BUDGET,
+                        **environment,
+                    }
+                )
+                print({key: value for key, value in rows[-1].items() if key not in environment}, flush=True)
+    path = arguments.output / f"{environment['machine']}-steps.csv"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
