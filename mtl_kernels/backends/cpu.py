@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from ..rows import RowTable
 _cpu: Any = None
 _reason: str | None = None
 try:
-    from .. import _cpu  # type: ignore[attr-defined, no-redef]
+    _cpu = importlib.import_module("mtl_kernels._cpu")
 except ModuleNotFoundError:
     _reason = (
         "the extension module mtl_kernels._cpu was not built; install a C++17 compiler (g++ 9 or clang++ 9 or newer) "
