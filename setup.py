@@ -47,6 +47,9 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         if (reason := missing_toolchain()) is not None:
             print(f"mtl-kernels: building without compiled kernels: {reason}", file=sys.stderr)
+            # Nor with those of an earlier build, which would not be asked for.
+            for extension in self.extensions:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
             self.extensions = []
             return
         try:

@@ -18,6 +18,8 @@ from .rows import Row, RowTable, check_num_tasks
 MAX_GROUPS = 1 << 12
 """Groups may be numbered up to here, or up to the number of parameters if there are more."""
 
+_PLAIN = frozenset({Tensor, type(None)})
+
 
 def gram(
     rows: Tensor | Sequence[Row] | RowTable,
@@ -34,7 +36,8 @@ def gram(
 
     Returns:
         float64 ``[K, K]``, or ``[S, K, K]`` with ``groups`` (S = highest group + 1), symmetric to the bit. A ``None``
-        entry counts as zero. Products of float32, bfloat16 and float16 elements are exact; their sum is float64.
+        entry counts as zero. Sums are taken in float64; over many float32, bfloat16 or float16
+            elements also in float32, at most 32 products at a time.
 
     Raises:
         TypeError, ValueError: rows that do not fit together (see `RowTable`), or groups that do not fit the rows.
@@ -100,7 +103,7 @@ def combine(
     """
     if _eager():
         rows = _as_table(rows)
-        if rows.plain and (type(weights) is Tensor or not isinstance(weights, Tensor)):
+        if rows.plain and _plain(weights, *(out if isinstance(out, Sequence) else (out,))):
             return _combine(rows, weights, out, groups, backend)
     dense = isinstance(rows, Tensor) or (isinstance(rows, RowTable) and rows.dense)
     flat, num_tasks = _flatten(rows)
@@ -176,7 +179,7 @@ def _dispatch_solve(
     certified: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    if _eager() and (type(gram) is Tensor or not isinstance(gram, Tensor)):
+    if _eager() and _plain(gram, active, rng, inputs):
         return _solve(solver, gram, options, active, rng, inputs, certified, backend)
     weights, certificate = torch.ops.mtl_kernels.solve(solver, gram, list(options), active, rng, inputs, backend)
     return weights, certificate
@@ -189,6 +192,12 @@ def _eager() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def _plain(*arguments: object) -> bool:
+    """Whether no argument is of a subclass of `torch.Tensor`."""
+    kinds = set(map(type, arguments))
+    return kinds <= _PLAIN or not any(issubclass(kind, Tensor) for kind in kinds - _PLAIN)
 
 
 def _as_table(rows: Tensor | Sequence[Row] | RowTable) -> RowTable:
@@ -241,6 +250,7 @@ def _check_gram(gram: Tensor) -> None:
     if len(shape) < 2 or shape[-1] != shape[-2]:
         raise ValueError(f"expected a Gram matrix of shape [..., K, K], found {list(shape)}: pass gram(rows)")
     check_num_tasks(shape[-1])
+    _check_strided(gram, "the Gram matrix")
     if not gram.is_floating_point():
         raise TypeError(f"expected a Gram matrix of floating dtype, found {gram.dtype}: pass gram(rows)")
 
@@ -312,10 +322,9 @@ def _check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
             continue
         size = target.numel() * target.element_size()
         spans.append((target.data_ptr(), size, True))
-        for row in table.entries:
-            tensor = row[p]
-            if tensor is not None and tensor.data_ptr() != target.data_ptr():
-                spans.append((tensor.data_ptr(), size, False))
+        for address in table.pointers[p :: table.num_params]:
+            if address not in (0, target.data_ptr()):
+                spans.append((address, size, False))
     row_end = target_end = 0
     for begin, size, is_target in sorted(spans):
         if begin < target_end or (is_target and begin < row_end):
@@ -329,12 +338,17 @@ def _check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
             row_end = max(row_end, begin + size)
 
 
+def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
+    """Whether what belongs in the memory of ``like`` can be written to that of ``target``."""
+    return target.stride() == like.stride() and not target.is_neg()
+
+
 def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
     """Copies what was written elsewhere, and tells autograd about memory that changed behind its back."""
     for target, result in zip(targets, written, strict=True):
         if target is None or result is None:
             continue
-        if target.stride() != result.stride():
+        if not _laid_out_alike(target, result):
             target.detach().copy_(result)
         elif not target.is_inference():
             torch.autograd.graph.increment_version(target)
@@ -354,10 +368,10 @@ def _combine(
     else:
         targets = _check_out(table, out)
         written = [
-            target.detach() if target is not None and like is not None and target.stride() == like.stride() else None
+            target.detach() if target is not None and like is not None and _laid_out_alike(target, like) else None
             for target, like in zip(targets, table.like, strict=True)
         ]
-        if not table.disjoint:
+        if not (table.disjoint or table.device.type == "meta"):
             _check_disjoint(table, written)
         written = [
             torch.empty_like(like) if like is not None and place is None else place
@@ -409,6 +423,7 @@ def _per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Te
     if not isinstance(values, Tensor) or (values.dtype is torch.bool) != (dtype is torch.bool):
         found = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"expected {name} as a tensor of {dtype}, found {found}")
+    _check_strided(values, name)
     if values.device != gram.device:
         raise ValueError(f"{name} is on {values.device}, the Gram matrix on {gram.device}; move it")
     num_tasks = gram.shape[-1]

@@ -35,6 +35,8 @@ def _check_dtype(tensor: Tensor, where: str) -> None:
     if tensor.dtype not in DTYPE_CODES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
         raise TypeError(f"{where} has dtype {tensor.dtype}; expected one of {names}: convert it with .to(dtype)")
+    if tensor.is_nested:
+        raise TypeError(f"{where} is a nested tensor; expected a dense one: pass its parts as parameters")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -62,6 +64,8 @@ class RowTable:
 
     A parameter whose tensors are laid out alike and fill their memory (contiguous, channels-last, ...) is read in
     place. Only tensors for which that does not hold (expanded, sliced, of differing layouts) are made contiguous.
+    A table remembers where its tensors lie: their values may change while it is in use, their memory may not (no
+    ``resize_``, no assignment to ``.data``).
 
     Attributes:
         num_tasks: K. num_params: P. device: of every tensor.
@@ -77,12 +81,13 @@ class RowTable:
 
     __slots__ = (
         "_codes",
+        "_entries",
+        "_matrix",
         "_numels",
         "_pointers",
         "dense",
         "device",
         "disjoint",
-        "entries",
         "like",
         "num_params",
         "num_tasks",
@@ -92,7 +97,6 @@ class RowTable:
     num_tasks: int
     num_params: int
     device: torch.device
-    entries: list[list[Tensor | None]]
     dense: bool
     disjoint: bool
     plain: bool
@@ -102,6 +106,8 @@ class RowTable:
     def __init__(self, rows: Tensor | Sequence[Row], *, disjoint: bool = False) -> None:
         self.disjoint = disjoint
         self.plain = True
+        self._matrix: Tensor | None = None
+        self._entries: list[list[Tensor | None]] | None = None
         self._pointers: list[int] | None = None
         self._numels: list[int] | None = None
         self._codes: list[int] | None = None
@@ -112,19 +118,19 @@ class RowTable:
             self._init_lists(rows)
 
     def _init_dense(self, matrix: Tensor) -> None:
-        if matrix.dim() != 2:
-            raise ValueError(f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient")
         if matrix.layout is not torch.strided:
             raise TypeError(f"expected a strided tensor, found layout {matrix.layout}: call .to_dense()")
-        check_num_tasks(matrix.shape[0])
         _check_dtype(matrix, "the row matrix")
+        if matrix.dim() != 2:
+            raise ValueError(f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient")
+        check_num_tasks(matrix.shape[0])
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             matrix = matrix.contiguous()
         self.plain = type(matrix) in _PLAIN
         self.num_tasks, self.num_params = matrix.shape[0], 1
         self.device = matrix.device
-        self.entries = [[row] for row in matrix.detach().resolve_neg().unbind(0)]
-        self.like = [self.entries[0][0]]
+        self._matrix = matrix.detach().resolve_neg()
+        self.like = [self._matrix[0]]
 
     def _init_lists(self, rows: Sequence[Row]) -> None:
         if not isinstance(rows, Sequence):
@@ -143,7 +149,7 @@ class RowTable:
                 )
         self.num_tasks, self.num_params = len(rows), len(rows[0])
         columns = [self._column([row[p] for row in rows], p) for p in range(self.num_params)]
-        self.entries = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
+        self._entries = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
         self.like = [next((t for t in column if t is not None), None) for column in columns]
         first = next((tensor for tensor in self.like if tensor is not None), None)
         self.device = first.device if first is not None else torch.device("cpu")
@@ -199,6 +205,14 @@ class RowTable:
         return column
 
     @property
+    def entries(self) -> list[list[Tensor | None]]:
+        """[K][P] tensors or None."""
+        if self._entries is None:
+            # Views of a matrix are made only for those who ask for them: the kernels go by address.
+            self._entries = [[row] for row in self._matrix.unbind(0)] if self._matrix is not None else []
+        return self._entries
+
+    @property
     def reached(self) -> list[list[bool]]:
         """[K][P]: whether task k has a gradient for parameter p."""
         return [[tensor is not None for tensor in row] for row in self.entries]
@@ -207,7 +221,11 @@ class RowTable:
     def pointers(self) -> list[int]:
         """[K * P] addresses, 0 for None."""
         if self._pointers is None:
-            self._pointers = [0 if t is None else t.data_ptr() for row in self.entries for t in row]
+            if self._matrix is not None:
+                base, step = self._matrix.data_ptr(), self._matrix.stride(0) * self._matrix.element_size()
+                self._pointers = [base + k * step for k in range(self.num_tasks)]
+            else:
+                self._pointers = [0 if t is None else t.data_ptr() for row in self.entries for t in row]
         return self._pointers
 
     @property

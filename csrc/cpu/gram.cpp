@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -26,6 +27,7 @@ double* thread_scratch(std::size_t doubles) {
   thread_local std::size_t capacity = 0;
   if (doubles > capacity) {
     const std::size_t bytes = (doubles * sizeof(double) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    capacity = 0;
     scratch.reset(static_cast<double*>(std::aligned_alloc(kCacheLine, bytes)));
     if (scratch == nullptr) throw std::bad_alloc();
     capacity = doubles;
@@ -33,9 +35,9 @@ double* thread_scratch(std::size_t doubles) {
   return scratch.get();
 }
 
-// Fewer columns than this are summed in double throughout: there is little to gain, and too few sums in float
-// for their rounding errors to cancel. Few rows are bound by memory, so their kernels use double at any
-// length.
+// A group of fewer columns than this is summed in double throughout: there is little to gain, and too few
+// sums in float for their rounding errors to cancel. Few rows are bound by memory, so their kernels use
+// double at any length.
 constexpr std::int64_t kFloatColumns = 1 << 15;
 
 // Sums in float are trusted while the mean square of every row is within these: below, products underflow;
@@ -72,22 +74,21 @@ class Gram {
   }
 
   void run(double* out) {
-    std::int64_t total = 0;
-    for (std::int64_t columns : columns_) total += columns;
-    const bool in_float = total >= kFloatColumns;
-    sum(in_float);
-    if (in_float && !trusted()) sum(false);
+    sum(kFloatColumns);
+    if (!trusted()) sum(std::numeric_limits<std::int64_t>::max());
     write(out);
   }
 
  private:
-  void sum(bool in_float) {
+  // Groups of at least so many columns are summed in float.
+  void sum(std::int64_t float_columns) {
     const Kernels& isa = kernels();
     const std::size_t scratch = isa.gram_scratch(rows_.num_tasks);
     parallel_for(static_cast<std::int64_t>(plan_.chunks.size()), threads_, [&](std::int64_t i) {
       const Chunk& chunk = plan_.chunks[i];
-      isa.gram_chunk(rows_, plan_.segments.data() + chunk.first_segment, chunk.num_segments, in_float,
-                     thread_scratch(scratch), partials_.data() + i * pairs_);
+      isa.gram_chunk(rows_, plan_.segments.data() + chunk.first_segment, chunk.num_segments,
+                     columns_[chunk.group] >= float_columns, thread_scratch(scratch),
+                     partials_.data() + i * pairs_);
     });
     // In the order of the chunks, whichever thread worked on them.
     totals_.assign(totals_.size(), 0);
@@ -99,6 +100,7 @@ class Gram {
 
   bool trusted() const {
     for (int group = 0; group < num_groups_; ++group) {
+      if (columns_[group] < kFloatColumns) continue;
       const double* total = totals_.data() + group * pairs_;
       for (int k = 0; k < rows_.num_tasks; ++k) {
         const double mean_square = total[k * (k + 3) / 2] / static_cast<double>(columns_[group]);

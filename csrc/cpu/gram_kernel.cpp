@@ -264,10 +264,14 @@ class ChunkGram {
 
   template <class T>
   void add(const Segment& segment) {
+    if (K_ == 0) return;
     const T* row[kMaxTasks];
     for (int i = 0; i < K_; ++i)
       row[i] = reinterpret_cast<const T*>(address(task_[i], segment.param)) + segment.begin;
-    if (K_ <= kDirect && segment.length >= kMaxBlock) return direct(K_, row, segment.length, sums_);
+    if (K_ <= kDirect) {
+      if (segment.length >= kMaxBlock) return direct(K_, row, segment.length, sums_);
+      return append<double>(row, segment.length);
+    }
     if constexpr (sizeof(T) < sizeof(double)) {
       if (in_float_ && K_ <= kInPlace) return in_place<float>(row, segment.length);
       if (in_float_) return append<float>(row, segment.length);

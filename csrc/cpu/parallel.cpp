@@ -1,10 +1,14 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -31,10 +35,11 @@ class Pool {
   bool run(std::int64_t n, int threads, Body body, void* context) {
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
-    const std::int64_t wanted = (threads < n ? threads : n) - 1;
+    std::int64_t wanted = (threads < n ? threads : n) - 1;
     {
       std::lock_guard<std::mutex> guard(mutex_);
-      for (; workers_ < wanted; ++workers_) std::thread(&Pool::work, this).detach();
+      wanted = start_workers(wanted);
+      std::fegetenv(&environment_);
       body_ = body;
       context_ = context;
       n_ = n;
@@ -50,15 +55,32 @@ class Pool {
       places_ = 0;
     }
     while (active_.load(std::memory_order_acquire) != 0) relax();
+    if (thrown_ != nullptr) std::rethrow_exception(std::exchange(thrown_, nullptr));
     return true;
   }
 
  private:
+  // Returns how many of the workers wanted there are: the system may allow no more threads.
+  std::int64_t start_workers(std::int64_t wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread(&Pool::work, this).detach();
+    } catch (const std::system_error&) {
+      return workers_;
+    }
+    return wanted;
+  }
+
   void drain(std::int64_t n, Body body, void* context) {
-    for (;;) {
-      const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-      if (i >= n) return;
-      body(context, i);
+    try {
+      for (;;) {
+        const std::int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+        if (i >= n) return;
+        body(context, i);
+      }
+    } catch (...) {
+      next_.store(n, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> guard(mutex_);
+      if (thrown_ == nullptr) thrown_ = std::current_exception();
     }
   }
 
@@ -81,6 +103,7 @@ class Pool {
         n = n_;
         if (places_ == 0) continue;
         --places_;
+        std::fesetenv(&environment_);
         active_.fetch_add(1, std::memory_order_relaxed);
       }
       drain(n, body, context);
@@ -97,6 +120,8 @@ class Pool {
   Body body_ = nullptr;
   void* context_ = nullptr;
   std::int64_t n_ = 0;
+  std::fenv_t environment_;  // of the caller: a worker rounds and flushes denormals as it does
+  std::exception_ptr thrown_;
   std::int64_t places_ = 0;
   std::int64_t workers_ = 0;
 };

@@ -14,7 +14,8 @@ void run(std::int64_t n, int threads, Body body, void* context);
 }  // namespace detail
 
 // Calls f(i) once for every i in [0, n), on at most `threads` threads, the calling one included. Indices are
-// handed out in ascending order; f must not throw. Runs serially when the pool is busy with another caller.
+// handed out in ascending order. Runs serially when the pool is busy with another caller. When an f throws,
+// no further index is handed out, and the first exception leaves here once every thread is done.
 template <class F>
 void parallel_for(std::int64_t n, int threads, const F& f) {
   if (threads <= 1 || n <= 1) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -55,21 +55,45 @@ def reached_leaves(losses: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
     Custom Python functions (reentrant checkpointing is one) can run a backward pass of their own, which the
     graph does not show. Those of torch.compile do not: every parameter is an input of theirs.
     """
-    leaves = [loss for loss in losses if loss.grad_fn is None]
+    leaves = {id(loss): loss for loss in losses if loss.grad_fn is None}
     hides = False
-    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
+    for node, _ in _edges(losses):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
-            leaves.append(variable)
+            leaves[id(variable)] = variable
         hides = hides or (isinstance(node, BackwardCFunction) and type(node).__name__ != _COMPILED)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return leaves, hides
+    return list(leaves.values()), hides
+
+
+def split_compiled_graph(losses: Iterable[Tensor]) -> bool:
+    """Whether losses come out of one compiled graph through different outputs.
+
+    Its backward pass is one function of the gradients of all outputs, zeros where a loss does not use one, so
+    that every loss reaches every parameter in it.
+    """
+    outputs_of: dict[Any, set[int]] = {}
+    for loss in losses:
+        used: dict[Any, set[int]] = {}
+        for node, output in _edges([loss]):
+            if type(node).__name__ == _COMPILED:
+                used.setdefault(node, set()).add(output)
+        if any(outputs_of.setdefault(node, outputs) != outputs for node, outputs in used.items()):
+            return True
+    return False
+
+
+def _edges(losses: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
+    """The edges of some graphs, each as the node it leads to and the number of that node's output."""
+    stack: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr) for loss in losses]
+    seen = set()
+    while stack:
+        node, output = stack.pop()
+        if node is None:
+            continue
+        yield node, output
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.next_functions)
 
 
 def count_outside(named: Mapping[str, Tensor], parameters: Parameters) -> int:

@@ -17,7 +17,7 @@ from mtl_kernels import MAX_TASKS
 from . import validate
 from .capture import Isolation, Row, add_grads, put_grads, run_backward, take_grads
 from .combination import Combined, Combiner
-from .graph import Parameters, count_outside, select_parameters
+from .graph import Parameters, count_outside, select_parameters, split_compiled_graph
 from .methods import Method, available
 from .methods.base import check_choice
 from .pending import Pending, stack_losses
@@ -40,6 +40,21 @@ class _OpenBlock:
     isolation: Isolation
     versions: dict[int, int]
     done: bool = False
+
+
+@dataclasses.dataclass(eq=False)
+class _Progress:
+    """What changes from step to step.
+
+    One object, changed in place: wrappers that stand in for an optimizer (Lightning's) run its methods on
+    themselves, where an attribute that a method sets would stay out of sight of the optimizer.
+    """
+
+    tasks: tuple[str, ...]
+    reusable: Reusable | None = None
+    report: Report | None = None
+    has_gradient: bool = False
+    block: _OpenBlock | None = None
 
 
 class MultiTaskOptimizer(OptimizerWrapper):
@@ -76,7 +91,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         granularity: one Gram matrix per "model", per param "group" or per "parameter".
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
             weighted backward pass with the last weights. Needs granularity="model". A step with other tasks,
-            with `task` blocks or with ``accumulate=True`` computes them anew.
+            with `task` blocks or with ``accumulate=True`` computes them anew, as does the one after gradients
+            that were not finite.
         tasks: the names, fixed; any other name then raises. ``None`` takes names as they appear.
 
     Raises:
@@ -123,9 +139,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         self.head_scaling = head_scaling
         self.granularity = granularity
         self.refresh_every = refresh_every
-        self._tasks = validate.task_names(tasks)
         self._fixed_tasks = tasks is not None
-        self._reusable: Reusable | None = None
+        self._progress = _Progress(validate.task_names(tasks))
         self._warned: set[str] = set()
         self._start()
 
@@ -133,20 +148,17 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """What is neither configuration nor state that outlives a copy."""
         self._combiner = Combiner(self.method, self.head_scaling, self.granularity)
         self._pending = Pending()
-        self._block: _OpenBlock | None = None
         self._inspected: set[str] = set()
-        self._has_gradient = False
-        self._report: Report | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The task names known so far, in the order of the rows."""
-        return self._tasks
+        return self._progress.tasks
 
     @property
     def report(self) -> Report | None:
         """The last combination; None before the first. Reading it copies nothing to the host."""
-        return self._report
+        return self._progress.report
 
     def backward(
         self,
@@ -208,7 +220,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             pending.after_failure(versions)
             raise
         isolation.finish()
-        self._tasks = tasks
+        self._progress.tasks = tasks
         if combined is None:
             pending.keep(rows, values, managed)
             pending.accumulating = True
@@ -249,7 +261,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
         parameters, pending = select_parameters(self.param_groups), self._pending
         pending.check_params(parameters.managed)
-        combined = self._combine_rows(self._tasks, pending.rows, pending.losses, parameters)
+        combined = self._combine_rows(self._progress.tasks, pending.rows, pending.losses, parameters)
         self._finish(combined, list(pending.rows), parameters.managed)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -277,7 +289,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         finally:
             for name in forwarded:
                 delattr(self.optimizer, name)
-        self._has_gradient = False
+        self._progress.has_gradient = False
         return result
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
@@ -289,7 +301,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def _make_gradient(self) -> None:
         if self._pending.rows:
             self.combine()
-        if not self._has_gradient:
+        if not self._progress.has_gradient:
             raise RuntimeError(
                 "step() with no task captured since the last step; call opt.backward([...]) or use "
                 "opt.task(name) first, or step the wrapped optimizer (opt.optimizer) to use plain gradients"
@@ -303,7 +315,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """
         self._check_idle("zero_grad()")
         self._pending.clear()
-        self._has_gradient = False
+        self._progress.has_gradient = False
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -313,7 +325,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             TypeError, ValueError, RuntimeError: a group the optimizer or this class cannot take, or rows
                 that were not yet combined.
         """
-        if self._pending.rows or self._block is not None:
+        if self._pending.rows or self._progress.block is not None:
             raise RuntimeError("add_param_group() between capture and combination; call opt.combine() first")
         if isinstance(param_group, dict) and not isinstance(param_group.get("params", ()), (Tensor, set)):
             param_group["params"] = list(param_group["params"])
@@ -321,7 +333,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             validate.check_param_groups([param_group])
         self.optimizer.add_param_group(param_group)
         self._inspected.clear()
-        self._reusable = None
+        self._progress.reusable = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -352,8 +364,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             "method": type(self.method).__name__,
             "config": self.method.config(),
             "state": self.method.state_dict(),
-            "tasks": list(self._tasks),
-            "refresh": None if self._reusable is None else self._reusable.state_dict(),
+            "tasks": list(self._progress.tasks),
+            "refresh": None if self._progress.reusable is None else self._progress.reusable.state_dict(),
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
@@ -384,12 +396,15 @@ class MultiTaskOptimizer(OptimizerWrapper):
             )
             self.optimizer.load_state_dict(state_dict)
         else:
-            validate.check_saved(saved, _STATE_VERSION, self.method, self._tasks if self._fixed_tasks else None)
+            validate.check_saved(
+                saved, _STATE_VERSION, self.method, self._progress.tasks if self._fixed_tasks else None
+            )
             reusable = (
                 None
                 if saved["refresh"] is None
                 else Reusable.from_state_dict(saved["refresh"], select_parameters(self.param_groups).managed[0].device)
             )
+            tasks = tuple(saved["tasks"])
             before = self.method.state_dict()
             self.method.load_state_dict(saved["state"])
             try:
@@ -397,39 +412,42 @@ class MultiTaskOptimizer(OptimizerWrapper):
             except BaseException:
                 self.method.load_state_dict(before)
                 raise
-            self._tasks = tuple(saved["tasks"])
-            self._reusable = reusable
+            self._progress.tasks = tasks
+            self._progress.reusable = reusable
         self._pending.clear()
-        self._has_gradient = False
+        self._progress.has_gradient = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("optimizer", "method", "head_scaling", "granularity", "refresh_every")
-        private = ("_tasks", "_fixed_tasks", "_reusable", "_warned", "_report", "_has_gradient")
-        return {name: self.__dict__[name] for name in kept + private}
+        state = {name: self.__dict__[name] for name in (*kept, "_fixed_tasks", "_warned")}
+        return {**state, "_progress": dataclasses.replace(self._progress, block=None)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._share()
         self._start()
-        self._report, self._has_gradient = state["_report"], state["_has_gradient"]
 
     def __repr__(self) -> str:
         options = f"head_scaling={self.head_scaling!r}, granularity={self.granularity!r}"
-        options += f", refresh_every={self.refresh_every}, tasks={list(self._tasks)}"
+        options += f", refresh_every={self.refresh_every}, tasks={list(self._progress.tasks)}"
         return f"MultiTaskOptimizer({self.method!r}, {options},\n{self.optimizer!r})"
 
     def _check_idle(self, what: str) -> None:
-        if self._block is not None:
-            raise RuntimeError(f"{what} inside the block of opt.task({self._block.name!r}); leave the block first")
+        if self._progress.block is not None:
+            raise RuntimeError(
+                f"{what} inside the block of opt.task({self._progress.block.name!r}); leave the block first"
+            )
 
     def _with_tasks(self, names: Sequence[str] | Mapping[str, Tensor]) -> tuple[str, ...]:
         """The known task names and those of ``names`` that are new."""
-        new = [name for name in names if name not in self._tasks]
+        new = [name for name in names if name not in self._progress.tasks]
         if new and self._fixed_tasks:
-            raise ValueError(f"unknown task {new[0]!r}; this optimizer was built with tasks={list(self._tasks)}")
-        tasks = (*self._tasks, *new)
+            raise ValueError(
+                f"unknown task {new[0]!r}; this optimizer was built with tasks={list(self._progress.tasks)}"
+            )
+        tasks = (*self._progress.tasks, *new)
         if len(tasks) > MAX_TASKS:
             raise ValueError(f"{len(tasks)} task names seen, at most {MAX_TASKS} are supported; are names made anew?")
         return tasks
@@ -444,6 +462,13 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 "outside",
                 f"the losses reach {outside} tensor(s) that require grad and are not in the optimizer; their "
                 ".grad is the plain sum over the losses, and opt.zero_grad() does not clear it",
+            )
+        if split_compiled_graph(new.values()):
+            self._warn_once(
+                "compiled",
+                "the losses use different outputs of one torch.compile graph, through which each task reaches every "
+                "parameter in it (with zeros), so that heads count as shared; compile the shared part and the "
+                "heads one by one",
             )
 
     def _warn_once(self, key: str, text: str) -> None:
@@ -474,22 +499,23 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """Hands the gradients over, and keeps what later steps may reuse."""
         with torch.no_grad():
             add_grads(managed, combined.grads)
-        self._report = combined.report
+        self._progress.report = combined.report
         self._pending.clear()
-        self._has_gradient = True
-        self._reusable = None
+        self._progress.has_gradient = True
+        self._progress.reusable = None
         if self.refresh_every > 1:
-            self._reusable = Reusable.of(combined, present)
+            self._progress.reusable = Reusable.of(combined, present)
 
     def _backward_reusing(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
-        last, managed = self._reusable, parameters.managed
+        last, managed = self._progress.reusable, parameters.managed
         if (
             last is None
             or self._pending.rows
             or last.age + 1 >= self.refresh_every
             or set(last.present) != set(named)
             or len(last.owner) != len(managed)
+            or not last.finite
         ):
             return False
         passes = last.passes(named, parameters, self.head_scaling == "none")
@@ -511,9 +537,9 @@ class MultiTaskOptimizer(OptimizerWrapper):
         isolation.finish()
         with torch.no_grad():
             add_grads(managed, grads)
-        self._reusable = last.older()
-        self._report = None if self._report is None else self._report.aged()
-        self._has_gradient = True
+        self._progress.reusable = last.older()
+        self._progress.report = None if self._progress.report is None else self._progress.report.aged()
+        self._progress.has_gradient = True
         return True
 
     def _open_block(self, block: TaskBlock, name: str, accumulate: bool) -> None:
@@ -524,14 +550,14 @@ class MultiTaskOptimizer(OptimizerWrapper):
         if not accumulate:
             self._pending.check_new(name)
         versions = self._pending.versions()
-        self._block = _OpenBlock(block, name, managed, Isolation(managed, others), versions)
+        self._progress.block = _OpenBlock(block, name, managed, Isolation(managed, others), versions)
         put_grads(managed, self._pending.rows.get(name, [None] * len(managed)))
 
     def _close_block(self, block: TaskBlock, failed: bool) -> None:
-        opened = self._block
+        opened = self._progress.block
         if opened is None or opened.block is not block:
             raise RuntimeError("this task block is not the open one")
-        self._block = None
+        self._progress.block = None
         pending, name = self._pending, opened.name
         try:
             if failed:
@@ -543,9 +569,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
                     f"{self.method!r} needs the value of the loss of task {name!r}: with "
                     f"opt.task({name!r}) as task: set task.loss = loss in the block"
                 )
+            if block.loss is not None:
+                validate.check_loss_value(name, block.loss)
             losses = pending.losses_with({} if block.loss is None else {name: block.loss})
             opened.isolation.finish()
-            self._tasks = tasks
+            self._progress.tasks = tasks
             pending.keep({**pending.rows, name: row}, losses, opened.managed)
             opened.done = True
         finally:

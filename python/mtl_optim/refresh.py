@@ -20,7 +20,8 @@ class Reusable:
 
     Attributes:
         present: the tasks of the step.
-        weights: float64, one per present task; 1 for a task that reached no shared parameter.
+        weights: float64, one per present task; 1 for a task that reached no shared parameter. All nan where
+            the Gram matrix was not finite: its weights are for that step alone.
         owner: per managed parameter its only task, as an index into ``present``; None where several or none
             reach it.
         age: steps since the weights were computed.
@@ -38,12 +39,18 @@ class Reusable:
         index = [report.tasks.index(name) for name in present]
         position = {k: i for i, k in enumerate(index)}
         weights = torch.where(report.active, report.weights, 1.0)
+        weights = torch.where(report.gram.isfinite().all(), weights, torch.nan)
         owner = tuple(None if k is None else position[k] for k in combined.owner)
         return cls(tuple(present), torch.stack([weights[k] for k in index]), owner)
 
     def older(self) -> Reusable:
         """The same one step later."""
         return dataclasses.replace(self, age=self.age + 1)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights may be used again; the host waits for them the first time."""
+        return self.age > 0 or bool(self.weights.isfinite().all())
 
     def passes(
         self,

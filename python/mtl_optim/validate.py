@@ -55,7 +55,8 @@ def named_losses(losses: Any) -> dict[str, Tensor]:
     return named
 
 
-def _check_loss(name: str, loss: object) -> None:
+def check_loss_value(name: str, loss: object) -> None:
+    """Raise TypeError or ValueError unless ``loss`` is a tensor with one real element."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss {name!r} is a {type(loss).__name__}; expected a scalar tensor")
     if loss.numel() != 1:
@@ -64,6 +65,10 @@ def _check_loss(name: str, loss: object) -> None:
         )
     if loss.is_complex():
         raise ValueError(f"loss {name!r} is complex; expected a real scalar")
+
+
+def _check_loss(name: str, loss: Tensor) -> None:
+    check_loss_value(name, loss)
     if not loss.requires_grad:
         raise ValueError(
             f"loss {name!r} does not require grad; was it detached, computed under torch.no_grad(), or from "

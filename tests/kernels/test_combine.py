@@ -295,6 +295,21 @@ def test_same_bits_for_any_number_of_threads(implementation: str, threads: None)
         assert same_bits([results[0]], [other])
 
 
+def test_every_thread_flushes_denormals_as_the_calling_one_does(implementation: str, threads: None) -> None:
+    rows, weights = torch.full((2, 1 << 20), 1e-39), torch.ones(2)
+    torch.set_num_threads(2)
+    kept = mk.combine(rows, weights, backend=implementation)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor flushes no denormals")
+        flushed = [mk.combine(rows, weights, backend=implementation) for _ in range(20)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert kept.view(torch.int32).all()
+    if implementation == "cpu":
+        assert not any(out.view(torch.int32).any() for out in flushed)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_entries_reach_the_result(implementation: str, value: float, dtype: torch.dtype) -> None:

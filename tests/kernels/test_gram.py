@@ -122,6 +122,25 @@ def test_groups_split_the_sum(implementation: str, num_tasks: int) -> None:
     assert torch.equal(found, found.mT)
 
 
+@pytest.mark.parametrize("num_tasks", [2, 12])
+def test_a_group_beside_larger_ones_is_summed_as_on_its_own(implementation: str, num_tasks: int) -> None:
+    first = torch.randn(num_tasks, 4)
+    small = first[:1] + 1e-3 * first
+    large = torch.randn(num_tasks, 1 << 16)
+    rows = [[a, b] for a, b in zip(small, large, strict=True)]
+    found = mk.gram(rows, groups=[2, 0], backend=implementation)
+    assert torch.equal(found[2], mk.gram(small, backend=implementation)) and not found[1].any()
+    assert torch.equal(found[0], mk.gram(large, backend=implementation))
+
+
+def test_few_rows_are_summed_in_float64(implementation: str) -> None:
+    """Four short parameters hold nearly all of the gradient, beside a long one."""
+    first = [torch.randn(1) for _ in range(4)]
+    rows = [[a * (1 + k * 2.0**-12) for a in first] + [1e-6 * torch.randn(1 << 16)] for k in range(4)]
+    exact = exact_gram(rows, range(5))
+    torch.testing.assert_close(mk.gram(rows, backend=implementation), exact, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("num_tasks", [2, 6, 7, 16])
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads(
     implementation: str, num_tasks: int, threads: None

@@ -234,6 +234,19 @@ def test_subclasses_go_through_the_operators(backend: str) -> None:
     assert "mtl_kernels.solve.default" in Wrapped.seen
 
 
+def test_an_argument_of_a_subclass_goes_through_the_operators(backend: str) -> None:
+    rows, weights, out = [[torch.randn(4)], [torch.randn(4)]], torch.randn(2), torch.zeros(4)
+    mk.combine(rows, weights, out=[Wrapped(out)], backend=backend)
+    torch.testing.assert_close(out, mk.combine(rows, weights, backend=backend)[0])
+    mk.combine(torch.stack([row[0] for row in rows]), weights, out=(dense := Wrapped(torch.zeros(4))), backend=backend)
+    torch.testing.assert_close(dense.inner, out)
+    gram, active = mk.gram(torch.randn(3, 5)), torch.tensor([True, False, True])
+    expected = mk.min_norm_weights(gram, active=active, backend=backend).weights
+    assert torch.equal(mk.min_norm_weights(gram, active=Wrapped(active), backend=backend).weights, expected)
+    by_state = mk.pcgrad_weights(gram, rng=Wrapped(mk.rng_state(3)), backend=backend)
+    assert torch.equal(by_state, mk.pcgrad_weights(gram, rng=mk.rng_state(3), backend=backend))
+
+
 def test_a_table_of_subclasses_goes_through_the_operators(backend: str) -> None:
     first, second = torch.randn(4), torch.randn(4)
     table = mk.RowTable([[Wrapped(first)], [Wrapped(second)]])

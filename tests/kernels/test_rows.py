@@ -111,6 +111,12 @@ BAD_ROWS = {
         TypeError,
         r"row 1, parameter 0 has layout .*to_dense",
     ),
+    "nested": (
+        [[torch.nested.nested_tensor([ONES, ONES])]],
+        TypeError,
+        "row 0, parameter 0 is a nested tensor; expected a dense one",
+    ),
+    "nested matrix": (torch.nested.nested_tensor([ONES, ONES]), TypeError, "the row matrix is a nested tensor"),
     "mkldnn": ([[torch.eye(3).to_mkldnn()]], TypeError, "layout torch._mkldnn"),
 }
 
@@ -233,6 +239,18 @@ def test_out_whose_elements_share_memory_is_refused(backend: str) -> None:
         mk.combine(torch.ones(2, 3), torch.ones(2), out=torch.zeros(1).expand(3), backend=backend)
 
 
+def test_negated_views(backend: str) -> None:
+    rows, weights, out = torch.randn(2, 3), torch.randn(2), torch.zeros(3)
+    mk.combine(torch._neg_view(rows), torch._neg_view(weights), out=torch._neg_view(out), backend=backend)
+    torch.testing.assert_close(-out, mk.combine(rows, weights, backend=backend))
+
+
+def test_out_of_meta_tensors() -> None:
+    rows = [[ONES.to("meta"), torch.empty(2, device="meta")]] * 2
+    out = [torch.empty(3, device="meta"), torch.empty(2, device="meta")]
+    assert mk.combine(rows, torch.ones(2, device="meta"), out=out) is not None
+
+
 BAD_GRAMS = {
     "a list": ([[1.0]], TypeError, "expected a Gram matrix as a tensor"),
     "a vector": (torch.ones(3), ValueError, r"expected a Gram matrix of shape \[..., K, K\], found \[3\]"),
@@ -244,6 +262,7 @@ BAD_GRAMS = {
         TypeError,
         "expected a Gram matrix of floating dtype, found torch.int64",
     ),
+    "sparse": (torch.eye(2).to_sparse(), TypeError, "the Gram matrix has layout torch.sparse_coo"),
 }
 
 

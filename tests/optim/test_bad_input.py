@@ -135,7 +135,7 @@ def test_step_without_capture(model: TwoHeads) -> None:
 
 def test_too_many_names(model: TwoHeads) -> None:
     opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum())
-    opt._tasks = tuple(str(k) for k in range(127))
+    opt._progress.tasks = tuple(str(k) for k in range(127))
     with pytest.raises(ValueError, match=r"129 task names.*made anew"):
         opt.backward(dict(zip("ab", model.losses(), strict=True)))
 

@@ -150,6 +150,13 @@ def test_pcgrad_state_advances_and_resumes() -> None:
     assert method.state["rng"].tolist() == [7, 7]
 
 
+def test_pcgrad_state_made_in_inference_mode() -> None:
+    method, plain = PCGrad(), PCGrad()
+    with torch.inference_mode():
+        first = method(MATRIX)
+    assert torch.equal(plain(MATRIX), first) and torch.equal(plain(MATRIX), method(MATRIX))
+
+
 def test_frozen_but_not_shared() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PCGrad().seed = 1  # type: ignore[misc]

@@ -240,6 +240,12 @@ def test_state_dict_that_does_not_fit() -> None:
     before = copy.deepcopy(opt.state_dict())
     newer = copy.deepcopy(before)
     newer["mtl"]["version"] = 99
+    broken = copy.deepcopy(named.state_dict())
+    broken["mtl"]["tasks"] = 3
+    free = MultiTaskOptimizer(adam(model), PCGrad(seed=2))
+    with pytest.raises(TypeError):
+        free.load_state_dict(broken)
+    assert free.method.state == {} and free.tasks == () and not free.state
     for saved, text in [
         (other.state_dict(), "saved with MGDA, this optimizer uses PCGrad"),
         (named.state_dict(), r"tasks \['1', '0'\]"),
@@ -283,6 +289,39 @@ def test_copies_are_independent_twins(duplicate) -> None:  # type: ignore[no-unt
     train(model, opt, range(3, 8))
     train(twin, other, range(3, 8))
     assert equal(model, twin) and str(opt.report) == str(other.report)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_stand_in_that_runs_the_methods_on_itself(blocks: bool) -> None:
+    """As Lightning's does: a subclass made on the spot, which finds the attributes but sets them on itself."""
+
+    class StandIn:
+        def __init__(self, optimizer: MultiTaskOptimizer) -> None:
+            self.inner = optimizer
+            self.__class__ = type("StandIn", (StandIn, MultiTaskOptimizer), {})
+
+        optimizer = property(lambda self: self.inner)
+
+        def step(self) -> None:
+            self.inner.step()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.inner, name)
+
+    ours, plain = TwoHeads(), TwoHeads()
+    opt = MultiTaskOptimizer(adam(ours), PCGrad(), refresh_every=2)
+    stand_in = StandIn(opt)
+    train(plain, MultiTaskOptimizer(adam(plain), PCGrad(), refresh_every=1 if blocks else 2), range(4))
+    for step in range(4):
+        stand_in.zero_grad()
+        if blocks:
+            for k in range(2):
+                with stand_in.task(str(k)):
+                    ours.losses(step)[k].backward()
+        else:
+            stand_in.backward(ours.losses(step))
+        stand_in.step()
+    assert equal(ours, plain) and opt.tasks == ("0", "1") and opt.report is stand_in.report
 
 
 def test_zero_grad() -> None:

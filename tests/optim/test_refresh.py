@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad
+from mtl_optim import MGDA, Constant, MultiTaskOptimizer, PCGrad
 from optim.oracle import TwoHeads, rows_of
 
 
@@ -84,6 +84,17 @@ def test_what_forces_new_weights() -> None:
     assert age(model.losses()) == 0
     opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert age(model.losses()) == 0
+
+
+def test_weights_of_a_non_finite_step_are_not_reused() -> None:
+    model = TwoHeads()
+    opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Constant([1.0, 2.0]), refresh_every=4)
+    ages = []
+    for factor in (float("inf"), float("nan"), 1.0, float("nan"), 1.0):
+        opt.zero_grad()
+        opt.backward([loss * factor for loss in model.losses()])
+        ages.append(opt.report.age)
+    assert ages == [0, 0, 0, 1, 2]
 
 
 def test_failure_restores() -> None:

@@ -114,6 +114,10 @@ def test_losses_of_methods_that_need_them() -> None:
         opt.task("0"),
     ):
         model.losses()[0].backward()
+    for wrong, error in ((3.0, TypeError), (torch.ones(3), ValueError)):
+        with pytest.raises(error, match="expected a scalar"), opt.task("0") as task:
+            model.losses()[0].backward()
+            task.loss = wrong  # type: ignore[assignment]
     assert same(grads(model), before) and not opt._pending.rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 import mtl_kernels
@@ -60,9 +61,9 @@ class PCGrad(Method):
 
     def _rng(self, gram: Tensor) -> Tensor:
         rng = self.state.get("rng")
-        if rng is None:
-            rng = mtl_kernels.rng_state(self.seed, device=gram.device)
-        elif rng.device != gram.device:
-            rng = rng.to(gram.device)
+        if rng is None or rng.device != gram.device:
+            # A tensor made in inference mode could not be advanced outside it.
+            with torch.inference_mode(False):
+                rng = mtl_kernels.rng_state(self.seed, device=gram.device) if rng is None else rng.to(gram.device)
         self.state["rng"] = rng
         return rng

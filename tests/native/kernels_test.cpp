@@ -1,0 +1,169 @@
+// The CPU kernels of every instruction set against sums in double: K from 1 to 128, every dtype, absent rows,
+// groups, odd lengths, rows that start anywhere, outputs in place.
+#include "kernels.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "combine.h"
+#include "gram.h"
+
+namespace {
+
+using namespace mtl;
+
+std::mt19937_64 generator(1);
+
+int draw(int n) { return static_cast<int>(generator() % static_cast<std::uint64_t>(n)); }
+
+// Multiples of 1/8 from -4 to 4: exact in every dtype.
+double draw_value() { return (draw(65) - 32) / 8.0; }
+
+// Such a value as a half.
+std::uint16_t half_bits(double x) {
+  if (x == 0) return 0;
+  int exponent = 0;
+  const double fraction = std::frexp(std::fabs(x), &exponent);
+  const int mantissa = static_cast<int>((fraction * 2 - 1) * 1024);
+  return static_cast<std::uint16_t>((x < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) | mantissa);
+}
+
+double from_half(std::uint16_t bits) {
+  const int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
+  const double size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  return (bits & 0x8000) != 0 ? -size : size;
+}
+
+void put(DType dtype, char* to, double x) {
+  if (dtype == DType::kFloat64) {
+    std::memcpy(to, &x, 8);
+    return;
+  }
+  if (dtype == DType::kFloat16) {
+    const std::uint16_t bits = half_bits(x);
+    std::memcpy(to, &bits, 2);
+    return;
+  }
+  const float single = static_cast<float>(x);
+  std::uint32_t bits;
+  std::memcpy(&bits, &single, 4);
+  const auto high = static_cast<std::uint16_t>(bits >> 16);
+  if (dtype == DType::kBFloat16) std::memcpy(to, &high, 2);
+  if (dtype == DType::kFloat32) std::memcpy(to, &bits, 4);
+}
+
+double get(DType dtype, const char* from) {
+  if (dtype == DType::kFloat64) {
+    double x;
+    std::memcpy(&x, from, 8);
+    return x;
+  }
+  std::uint32_t bits = 0;
+  if (dtype == DType::kFloat32) {
+    std::memcpy(&bits, from, 4);
+  } else {
+    std::uint16_t narrow;
+    std::memcpy(&narrow, from, 2);
+    if (dtype == DType::kFloat16) return from_half(narrow);
+    bits = static_cast<std::uint32_t>(narrow) << 16;
+  }
+  float single;
+  std::memcpy(&single, &bits, 4);
+  return single;
+}
+
+// Blocks of exactly the bytes asked for, so that the sanitizer sees any access beyond them.
+struct Memory {
+  std::vector<std::unique_ptr<char[]>> blocks;
+
+  std::uintptr_t add(DType dtype, std::int64_t n) {
+    const std::int64_t offset = draw(5) * item_size(dtype);
+    blocks.emplace_back(new char[offset + n * item_size(dtype)]);
+    char* begin = blocks.back().get() + offset;
+    for (std::int64_t i = 0; i < n; ++i) put(dtype, begin + i * item_size(dtype), draw_value());
+    return reinterpret_cast<std::uintptr_t>(begin);
+  }
+};
+
+bool check(int K) {
+  const int P = draw(6), num_groups = 1 + draw(3);
+  Memory memory;
+  std::vector<std::int64_t> numels(P);
+  std::vector<DType> dtypes(P);
+  std::vector<std::int32_t> groups(P);
+  std::vector<std::uintptr_t> pointers(K * P), out(P);
+  const int longest[] = {4, 100, 1000, K > 24 ? 5000 : 40000};
+  for (int p = 0; p < P; ++p) {
+    numels[p] = draw(longest[draw(4)]);
+    dtypes[p] = static_cast<DType>(draw(4));
+    groups[p] = draw(num_groups);
+    bool reached = false;
+    for (int k = 0; k < K; ++k) {
+      if (draw(4) == 0) continue;
+      pointers[k * P + p] = memory.add(dtypes[p], numels[p]);
+      reached = true;
+    }
+    out[p] = draw(2) == 0 ? pointers[draw(K) * P + p] : memory.add(dtypes[p], numels[p]);
+    if (!reached) out[p] = 0;
+  }
+  const RowTable rows{K, P, pointers.data(), numels.data(), dtypes.data(), groups.data()};
+
+  std::vector<double> gram(num_groups * K * K), exact_gram(gram.size()), weights(num_groups * K);
+  for (double& weight : weights) weight = draw_value();
+  std::vector<std::vector<double>> exact_out(P);
+  for (int p = 0; p < P; ++p) {
+    exact_out[p].assign(numels[p], 0);
+    std::vector<int> task;
+    std::vector<std::vector<double>> value;
+    for (int k = 0; k < K; ++k) {
+      const auto* row = reinterpret_cast<const char*>(pointers[k * P + p]);
+      if (row == nullptr) continue;
+      task.push_back(k);
+      value.emplace_back(numels[p]);
+      for (std::int64_t i = 0; i < numels[p]; ++i) {
+        value.back()[i] = get(dtypes[p], row + i * item_size(dtypes[p]));
+        exact_out[p][i] += weights[groups[p] * K + k] * value.back()[i];
+      }
+    }
+    for (std::size_t a = 0; a < task.size(); ++a) {
+      for (std::size_t b = 0; b < task.size(); ++b) {
+        double total = 0;
+        for (std::int64_t i = 0; i < numels[p]; ++i) total += value[a][i] * value[b][i];
+        exact_gram[(groups[p] * K + task[a]) * K + task[b]] += total;
+      }
+    }
+  }
+  // Every product and every sum of these values is exact, in float as in double.
+  cpu::gram(rows, num_groups, gram.data(), 3);
+  if (gram != exact_gram) return false;
+  cpu::combine(rows, weights.data(), out.data(), 3);
+  for (int p = 0; p < P; ++p) {
+    const double epsilon[] = {0x1p-24, 0, 0x1p-8, 0x1p-11};
+    const auto* written = reinterpret_cast<const char*>(out[p]);
+    for (std::int64_t i = 0; written != nullptr && i < numels[p]; ++i) {
+      const double found = get(dtypes[p], written + i * item_size(dtypes[p]));
+      if (std::fabs(found - exact_out[p][i]) >
+          epsilon[static_cast<int>(dtypes[p])] * std::fabs(exact_out[p][i]))
+        return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    if (!cpu::use_isa(isa)) continue;
+    for (int K = 1; K <= kMaxTasks; K += K < 34 || K == 127 ? 1 : 3) {
+      if (check(K)) continue;
+      std::printf("failed: %s, K = %d\n", isa, K);
+      return 1;
+    }
+  }
+  std::puts("passed");
+}
