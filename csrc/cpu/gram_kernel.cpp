@@ -58,18 +58,32 @@ struct Prefetch {
   std::int64_t stride;
 };
 
+// Where a block stands in its run of blocks that are summed in float.
+struct Run {
+  bool first, last;
+};
+
+// *total += the sum of both halves of a vector of floats, in double.
+inline void add_widened(const float* sums, double* total) {
+  store(total, load(total) + (load(sums) + load(sums + kLanes)));
+}
+
 // sums[i][j] += <a_i, b_j> over the columns [begin, begin + n) of a tile of A x B rows; for a triangle (a ==
 // b) only j <= i. Rows of element type T, one vector of E a sum.
+//
+// Sums in float go on from block to block of a run: the first block of a run starts from zero, and the last
+// one adds what it has to the totals in double.
 template <class E, class T, int A, int B, bool kTriangle>
 void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t n, E* const* sums,
-          const Prefetch& next) {
+          double* const* totals, Run run, const Prefetch& next) {
   constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
   const E* const as_sum = nullptr;
   VecOf<E> acc[A][B];
   MTL_UNROLL
   for (int i = 0; i < A; ++i) {
     MTL_UNROLL
-    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) acc[i][j] = load_as(as_sum, sums[i] + j * kWidth);
+    for (int j = 0; j < (kTriangle ? i + 1 : B); ++j)
+      acc[i][j] = run.first ? VecOf<E>{} : load_as(as_sum, sums[i] + j * kWidth);
   }
   for (std::int64_t c = begin; c < begin + n; c += kStep) {
     for (int s = 0; s < next.count; ++s) __builtin_prefetch(next.stream[s] + (c - begin) * next.stride);
@@ -86,6 +100,21 @@ void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t
       }
     }
   }
+  if constexpr (sizeof(E) == sizeof(float)) {
+    if (run.last) {
+      // Through memory, where a vector of floats is two of doubles; widened in registers, the compiler spills
+      // more.
+      alignas(kCacheLine) E written[A][B][kWidth];
+      MTL_UNROLL
+      for (int i = 0; i < A; ++i) {
+        MTL_UNROLL
+        for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) store(written[i][j], acc[i][j]);
+      }
+      for (int i = 0; i < A; ++i)
+        for (int j = 0; j < (kTriangle ? i + 1 : B); ++j) add_widened(written[i][j], totals[i] + j * kLanes);
+      return;
+    }
+  }
   MTL_UNROLL
   for (int i = 0; i < A; ++i) {
     MTL_UNROLL
@@ -95,7 +124,7 @@ void tile(const T* const* a, const T* const* b, std::int64_t begin, std::int64_t
 
 template <class E, class T>
 using TileFunction = void (*)(const T* const*, const T* const*, std::int64_t, std::int64_t, E* const*,
-                              const Prefetch&);
+                              double* const*, Run, const Prefetch&);
 
 // By the height of the tile; a tile below the diagonal is always kTile wide, because only the last one is
 // short.
@@ -118,26 +147,31 @@ constexpr TileFunction<E, T> kDiagonal[] = {nullptr,
 // `sums`, one vector of E per pair of the lower triangle. Prefetches the row that begins at ahead[k] for row
 // k; T is what lies there.
 template <class E, class S, class T>
-void multiply(int num_rows, const S* const* rows, std::int64_t begin, std::int64_t n, E* sums,
-              const T* const* ahead) {
+void multiply(int num_rows, const S* const* rows, std::int64_t begin, std::int64_t n, E* sums, double* totals,
+              Run run, const T* const* ahead) {
   constexpr int kWidth = sizeof(VecOf<E>) / sizeof(E);
   constexpr int kLines = kStep * sizeof(T) > kCacheLine ? kStep * sizeof(T) / kCacheLine : 1;
   const int tile_rows = (num_rows + kTile - 1) / kTile;
   const int num_tiles = tile_rows * (tile_rows + 1) / 2;
   E* row_sums[kTile];
+  double* row_totals[kTile];
   Prefetch next;
   next.stride = sizeof(T);
   int t = 0;
   for (int i0 = 0; i0 < num_rows; i0 += kTile) {
     const int height = num_rows - i0 < kTile ? num_rows - i0 : kTile;
     for (int j0 = 0; j0 <= i0; j0 += kTile, ++t) {
-      for (int i = 0; i < height; ++i) row_sums[i] = sums + (num_pairs(i0 + i) + j0) * kWidth;
+      for (int i = 0; i < height; ++i) {
+        row_sums[i] = sums + (num_pairs(i0 + i) + j0) * kWidth;
+        row_totals[i] = totals + (num_pairs(i0 + i) + j0) * kLanes;
+      }
       // The tiles share the rows among them: tile t prefetches rows t, t + num_tiles, ...
       next.count = 0;
       for (int k = t; k < num_rows; k += num_tiles)
         for (int line = 0; line < kLines; ++line)
           next.stream[next.count++] = reinterpret_cast<const char*>(ahead[k]) + line * kCacheLine;
-      (j0 < i0 ? kBelow<E, S> : kDiagonal<E, S>)[height](rows + i0, rows + j0, begin, n, row_sums, next);
+      (j0 < i0 ? kBelow<E, S> : kDiagonal<E, S>)[height](rows + i0, rows + j0, begin, n, row_sums, row_totals,
+                                                         run, next);
     }
   }
 }
@@ -246,7 +280,6 @@ class ChunkGram {
     for (int k = 0; k < table_.num_tasks; ++k)
       if (address(k, param) != 0) task_[K_++] = k;
     for (std::size_t i = 0; i < num_pairs(K_) * kLanes; ++i) sums_[i] = 0;
-    for (std::size_t i = 0; i < num_pairs(K_) * 2 * kLanes; ++i) float_sums_[i] = 0;
     block_ = block_columns(K_);
   }
 
@@ -320,23 +353,19 @@ class ChunkGram {
   template <class E, class S, class T>
   void multiply_block(const S* const* rows, std::int64_t begin, std::int64_t n, const T* const* ahead) {
     if constexpr (sizeof(E) == sizeof(double)) {
-      multiply(K_, rows, begin, n, sums_, ahead);
+      multiply(K_, rows, begin, n, sums_, sums_, {false, false}, ahead);
     } else {
-      multiply(K_, rows, begin, n, float_sums_, ahead);
-      float_run_ += n;
-      if (float_run_ + block_ > kFloatRun) drain();
+      const Run run = {float_run_ == 0, float_run_ + n + block_ > kFloatRun};
+      multiply(K_, rows, begin, n, float_sums_, sums_, run, ahead);
+      float_run_ = run.last ? 0 : float_run_ + n;
     }
   }
 
-  // Moves the sums in float over to those in double.
+  // Ends a run of sums in float early.
   void drain() {
     if (float_run_ == 0) return;
-    for (std::size_t pair = 0; pair < num_pairs(K_); ++pair) {
-      float* from = float_sums_ + pair * 2 * kLanes;
-      double* to = sums_ + pair * kLanes;
-      store(to, load(to) + (load(from) + load(from + kLanes)));
-      store(from, VecF{});
-    }
+    for (std::size_t pair = 0; pair < num_pairs(K_); ++pair)
+      add_widened(float_sums_ + pair * 2 * kLanes, sums_ + pair * kLanes);
     float_run_ = 0;
   }
 
