@@ -12,11 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import checks, dispatch
 from .rows import Row, RowTable, check_num_tasks
-
-MAX_GROUPS = 1 << 12
-"""Groups may be numbered up to here, or up to the number of parameters if there are more."""
 
 _PLAIN = frozenset({Tensor, type(None)})
 
@@ -54,7 +51,7 @@ def gram(
 
 def norms(gram: Tensor) -> Tensor:
     """The length of every row, n_k = sqrt(G_kk): ``[..., K]`` from ``[..., K, K]``."""
-    _check_gram(gram)
+    checks.check_gram(gram)
     return gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
 
@@ -228,114 +225,11 @@ def _int_list(groups: Sequence[int] | None) -> list[int] | None:
     return None if groups is None else list(groups)
 
 
-def _check_groups(groups: Sequence[int] | None, num_params: int) -> tuple[list[int], int]:
-    """The group of every parameter, and S."""
-    if groups is None:
-        return [0] * num_params, 1
-    if not isinstance(groups, Sequence) or not all(isinstance(group, int) for group in groups):
-        raise TypeError(f"expected groups as a sequence of integers, one per parameter, found {groups!r}")
-    if len(groups) != num_params:
-        raise ValueError(f"groups has {len(groups)} entries for {num_params} parameters; expected one each")
-    highest = max(num_params, MAX_GROUPS) - 1
-    for group in groups:
-        if not 0 <= group <= highest:
-            raise ValueError(f"groups has the entry {group}; expected numbers from 0 to {highest}")
-    return list(groups), max(groups, default=0) + 1
-
-
-def _check_gram(gram: Tensor) -> None:
-    if not isinstance(gram, Tensor):
-        raise TypeError(f"expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}")
-    shape = gram.shape
-    if len(shape) < 2 or shape[-1] != shape[-2]:
-        raise ValueError(f"expected a Gram matrix of shape [..., K, K], found {list(shape)}: pass gram(rows)")
-    check_num_tasks(shape[-1])
-    _check_strided(gram, "the Gram matrix")
-    if not gram.is_floating_point():
-        raise TypeError(f"expected a Gram matrix of floating dtype, found {gram.dtype}: pass gram(rows)")
-
-
 def _gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
-    group_list, num_groups = _check_groups(groups, table.num_params)
+    group_list, num_groups = checks.check_groups(groups, table.num_params)
     out = torch.zeros((num_groups, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device)
     dispatch.resolve(table.device, backend).gram_into(table, group_list, out)
     return out[0] if groups is None else out
-
-
-def _check_weights(table: RowTable, weights: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-    """Weights as contiguous float64 ``[S, K]``, and the group of every parameter."""
-    group_list, num_groups = _check_groups(groups, table.num_params)
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"expected weights as a tensor, found {type(weights).__name__}")
-    _check_strided(weights, "weights")
-    if not weights.is_floating_point():
-        raise TypeError(f"expected weights of floating dtype, found {weights.dtype}")
-    expected = [table.num_tasks] if groups is None else [num_groups, table.num_tasks]
-    if list(weights.shape) != expected:
-        raise ValueError(f"expected weights of shape {expected}, found {list(weights.shape)}: one weight per row")
-    if weights.device != table.device:
-        raise ValueError(f"weights are on {weights.device}, the rows on {table.device}; move them to one device")
-    return weights.detach().to(torch.float64).reshape(-1, table.num_tasks).contiguous(), group_list
-
-
-def _check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
-    targets: list[Tensor | None]
-    if table.dense:
-        if not isinstance(out, Tensor):
-            raise TypeError(f"expected out as a tensor [N] for dense rows, found {type(out).__name__}")
-        targets = [out]
-    else:
-        if isinstance(out, Tensor) or not isinstance(out, Sequence):
-            raise TypeError(f"expected out as a sequence of {table.num_params} tensors, found {type(out).__name__}")
-        targets = list(out)
-    if len(targets) != table.num_params:
-        raise ValueError(f"out has {len(targets)} tensors for {table.num_params} parameters; expected one each")
-    for p, (like, target) in enumerate(zip(table.like, targets, strict=True)):
-        if like is None and target is None:
-            continue
-        if like is None or target is None:
-            raise ValueError(
-                f"out[{p}] is {'missing' if target is None else 'given'} where "
-                f"{'a' if target is None else 'no'} task reaches the parameter"
-            )
-        if not isinstance(target, Tensor):
-            raise TypeError(f"out[{p}] is a {type(target).__name__}; expected a tensor")
-        _check_strided(target, f"out[{p}]")
-        if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
-            raise ValueError(
-                f"out[{p}] is {list(target.shape)} {target.dtype} on {target.device}; expected {list(like.shape)} "
-                f"{like.dtype} on {like.device}, as in the rows"
-            )
-    return targets
-
-
-def _check_strided(tensor: Tensor, name: str) -> None:
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: call .to_dense()")
-
-
-def _check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
-    """Raises where a target shares memory with another, or with a row that is not exactly the target itself."""
-    spans: list[tuple[int, int, bool]] = []
-    for p, target in enumerate(targets):
-        if target is None or target.numel() == 0:
-            continue
-        size = target.numel() * target.element_size()
-        spans.append((target.data_ptr(), size, True))
-        for address in table.pointers[p :: table.num_params]:
-            if address not in (0, target.data_ptr()):
-                spans.append((address, size, False))
-    row_end = target_end = 0
-    for begin, size, is_target in sorted(spans):
-        if begin < target_end or (is_target and begin < row_end):
-            raise ValueError(
-                "out overlaps other memory that is read or written here; expected memory of its own, or exactly the "
-                "memory of one of the rows of the same parameter"
-            )
-        if is_target:
-            target_end = max(target_end, begin + size)
-        else:
-            row_end = max(row_end, begin + size)
 
 
 def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
@@ -361,18 +255,18 @@ def _combine(
     groups: Sequence[int] | None,
     backend: str | None,
 ) -> Tensor | list[Tensor | None]:
-    weights, group_list = _check_weights(table, weights, groups)
+    weights, group_list = checks.check_weights(table, weights, groups)
     if out is None:
         targets = [None if like is None else torch.empty_like(like) for like in table.like]
         written = targets
     else:
-        targets = _check_out(table, out)
+        targets = checks.check_out(table, out)
         written = [
             target.detach() if target is not None and like is not None and _laid_out_alike(target, like) else None
             for target, like in zip(targets, table.like, strict=True)
         ]
         if not (table.disjoint or table.device.type == "meta"):
-            _check_disjoint(table, written)
+            checks.check_disjoint(table, written)
         written = [
             torch.empty_like(like) if like is not None and place is None else place
             for place, like in zip(written, table.like, strict=True)
@@ -395,41 +289,16 @@ def _solve(
     certified: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    _check_gram(gram)
+    checks.check_gram(gram)
     if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():
         gram = gram.detach().to(torch.float64).contiguous()
     if active is not None:
-        active = _per_task(active, gram, "active", torch.bool)
+        active = checks.per_task(active, gram, "active", torch.bool)
     if inputs is not None:
-        inputs = _per_task(inputs, gram, "inputs", torch.float64)
+        inputs = checks.per_task(inputs, gram, "inputs", torch.float64)
     if rng is not None:
-        rng = _check_rng(rng, gram)
+        rng = checks.check_rng(rng, gram)
     return dispatch.resolve(gram.device, backend).solve(solver, gram, active, rng, options, inputs, certified)
-
-
-def _check_rng(rng: Tensor, gram: Tensor) -> Tensor:
-    if not isinstance(rng, Tensor) or rng.dtype is not torch.int64:
-        found = rng.dtype if isinstance(rng, Tensor) else type(rng).__name__
-        raise TypeError(f"expected rng as an int64 tensor, found {found}; use rng_state(seed, step)")
-    if rng.shape != (2,):
-        raise ValueError(f"expected rng of shape [2], found {list(rng.shape)}; use rng_state(seed, step)")
-    if rng.device != gram.device:
-        raise ValueError(f"rng is on {rng.device}, the Gram matrix on {gram.device}; use rng_state(..., device=)")
-    return rng.contiguous()
-
-
-def _per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """A per-task argument as contiguous ``[K]`` or ``[..., K]``, checked against the Gram matrix."""
-    if not isinstance(values, Tensor) or (values.dtype is torch.bool) != (dtype is torch.bool):
-        found = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"expected {name} as a tensor of {dtype}, found {found}")
-    _check_strided(values, name)
-    if values.device != gram.device:
-        raise ValueError(f"{name} is on {values.device}, the Gram matrix on {gram.device}; move it")
-    num_tasks = gram.shape[-1]
-    if values.shape == gram.shape[:-1] or values.shape == (num_tasks,):
-        return values.detach().to(dtype).contiguous()
-    raise ValueError(f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}")
 
 
 _library = torch.library.Library("mtl_kernels", "DEF")
@@ -473,25 +342,25 @@ def _solve_op(solver, gram, options, active, rng, inputs, backend):  # type: ign
 
 def _gram_fake(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
     table = _unflatten(rows, num_tasks)
-    _, num_groups = _check_groups(groups, table.num_params)
+    _, num_groups = checks.check_groups(groups, table.num_params)
     shape = (num_tasks, num_tasks) if groups is None else (num_groups, num_tasks, num_tasks)
     return torch.empty(shape, dtype=torch.float64, device=table.device)
 
 
 def _combine_fake(rows, weights, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
     table = _unflatten(rows, num_tasks)
-    _check_weights(table, weights, groups)
+    checks.check_weights(table, weights, groups)
     return [torch.empty_like(like) for like in table.like if like is not None]
 
 
 def _combine_out_fake(rows, weights, num_tasks, groups, out, backend):  # type: ignore[no-untyped-def]
     table = _unflatten(rows, num_tasks)
-    _check_weights(table, weights, groups)
-    _check_out(table, _spread(table, out))
+    checks.check_weights(table, weights, groups)
+    checks.check_out(table, _spread(table, out))
 
 
 def _solve_fake(solver, gram, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
-    _check_gram(gram)
+    checks.check_gram(gram)
     return gram.new_empty(gram.shape[:-1], dtype=torch.float64), gram.new_empty(
         (*gram.shape[:-2], 2), dtype=torch.float64
     )

@@ -1,0 +1,141 @@
+"""Whether the arguments of an operation fit together; errors say what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rows import RowTable, check_num_tasks
+
+MAX_GROUPS = 1 << 12
+"""Groups may be numbered up to here, or up to the number of parameters if there are more."""
+
+
+def check_groups(groups: Sequence[int] | None, num_params: int) -> tuple[list[int], int]:
+    """The group of every parameter, and S."""
+    if groups is None:
+        return [0] * num_params, 1
+    if not isinstance(groups, Sequence) or not all(isinstance(group, int) for group in groups):
+        raise TypeError(f"expected groups as a sequence of integers, one per parameter, found {groups!r}")
+    if len(groups) != num_params:
+        raise ValueError(f"groups has {len(groups)} entries for {num_params} parameters; expected one each")
+    highest = max(num_params, MAX_GROUPS) - 1
+    for group in groups:
+        if not 0 <= group <= highest:
+            raise ValueError(f"groups has the entry {group}; expected numbers from 0 to {highest}")
+    return list(groups), max(groups, default=0) + 1
+
+
+def check_gram(gram: Tensor) -> None:
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}")
+    shape = gram.shape
+    if len(shape) < 2 or shape[-1] != shape[-2]:
+        raise ValueError(f"expected a Gram matrix of shape [..., K, K], found {list(shape)}: pass gram(rows)")
+    check_num_tasks(shape[-1])
+    check_strided(gram, "the Gram matrix")
+    if not gram.is_floating_point():
+        raise TypeError(f"expected a Gram matrix of floating dtype, found {gram.dtype}: pass gram(rows)")
+
+
+def check_weights(table: RowTable, weights: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+    """Weights as contiguous float64 ``[S, K]``, and the group of every parameter."""
+    group_list, num_groups = check_groups(groups, table.num_params)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"expected weights as a tensor, found {type(weights).__name__}")
+    check_strided(weights, "weights")
+    if not weights.is_floating_point():
+        raise TypeError(f"expected weights of floating dtype, found {weights.dtype}")
+    expected = [table.num_tasks] if groups is None else [num_groups, table.num_tasks]
+    if list(weights.shape) != expected:
+        raise ValueError(f"expected weights of shape {expected}, found {list(weights.shape)}: one weight per row")
+    if weights.device != table.device:
+        raise ValueError(f"weights are on {weights.device}, the rows on {table.device}; move them to one device")
+    return weights.detach().to(torch.float64).reshape(-1, table.num_tasks).contiguous(), group_list
+
+
+def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+    targets: list[Tensor | None]
+    if table.dense:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"expected out as a tensor [N] for dense rows, found {type(out).__name__}")
+        targets = [out]
+    else:
+        if isinstance(out, Tensor) or not isinstance(out, Sequence):
+            raise TypeError(f"expected out as a sequence of {table.num_params} tensors, found {type(out).__name__}")
+        targets = list(out)
+    if len(targets) != table.num_params:
+        raise ValueError(f"out has {len(targets)} tensors for {table.num_params} parameters; expected one each")
+    for p, (like, target) in enumerate(zip(table.like, targets, strict=True)):
+        if like is None and target is None:
+            continue
+        if like is None or target is None:
+            raise ValueError(
+                f"out[{p}] is {'missing' if target is None else 'given'} where "
+                f"{'a' if target is None else 'no'} task reaches the parameter"
+            )
+        if not isinstance(target, Tensor):
+            raise TypeError(f"out[{p}] is a {type(target).__name__}; expected a tensor")
+        check_strided(target, f"out[{p}]")
+        if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
+            raise ValueError(
+                f"out[{p}] is {list(target.shape)} {target.dtype} on {target.device}; expected {list(like.shape)} "
+                f"{like.dtype} on {like.device}, as in the rows"
+            )
+    return targets
+
+
+def check_strided(tensor: Tensor, name: str) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: call .to_dense()")
+
+
+def check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
+    """Raises where a target shares memory with another, or with a row that is not exactly the target itself."""
+    spans: list[tuple[int, int, bool]] = []
+    for p, target in enumerate(targets):
+        if target is None or target.numel() == 0:
+            continue
+        size = target.numel() * target.element_size()
+        spans.append((target.data_ptr(), size, True))
+        for address in table.pointers[p :: table.num_params]:
+            if address not in (0, target.data_ptr()):
+                spans.append((address, size, False))
+    row_end = target_end = 0
+    for begin, size, is_target in sorted(spans):
+        if begin < target_end or (is_target and begin < row_end):
+            raise ValueError(
+                "out overlaps other memory that is read or written here; expected memory of its own, or exactly the "
+                "memory of one of the rows of the same parameter"
+            )
+        if is_target:
+            target_end = max(target_end, begin + size)
+        else:
+            row_end = max(row_end, begin + size)
+
+
+def check_rng(rng: Tensor, gram: Tensor) -> Tensor:
+    if not isinstance(rng, Tensor) or rng.dtype is not torch.int64:
+        found = rng.dtype if isinstance(rng, Tensor) else type(rng).__name__
+        raise TypeError(f"expected rng as an int64 tensor, found {found}; use rng_state(seed, step)")
+    if rng.shape != (2,):
+        raise ValueError(f"expected rng of shape [2], found {list(rng.shape)}; use rng_state(seed, step)")
+    if rng.device != gram.device:
+        raise ValueError(f"rng is on {rng.device}, the Gram matrix on {gram.device}; use rng_state(..., device=)")
+    return rng.contiguous()
+
+
+def per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A per-task argument as contiguous ``[K]`` or ``[..., K]``, checked against the Gram matrix."""
+    if not isinstance(values, Tensor) or (values.dtype is torch.bool) != (dtype is torch.bool):
+        found = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"expected {name} as a tensor of {dtype}, found {found}")
+    check_strided(values, name)
+    if values.device != gram.device:
+        raise ValueError(f"{name} is on {values.device}, the Gram matrix on {gram.device}; move it")
+    num_tasks = gram.shape[-1]
+    if values.shape == gram.shape[:-1] or values.shape == (num_tasks,):
+        return values.detach().to(dtype).contiguous()
+    raise ValueError(f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}")
