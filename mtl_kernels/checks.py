@@ -29,6 +29,7 @@ def check_groups(groups: Sequence[int] | None, num_params: int) -> tuple[list[in
 
 
 def check_gram(gram: Tensor) -> None:
+    """Raise unless ``gram`` is a dense floating-point tensor ``[..., K, K]`` with 1 <= K <= MAX_TASKS."""
     if not isinstance(gram, Tensor):
         raise TypeError(f"expected a Gram matrix as a tensor [..., K, K], found {type(gram).__name__}")
     shape = gram.shape
@@ -57,6 +58,7 @@ def check_weights(table: RowTable, weights: Tensor, groups: Sequence[int] | None
 
 
 def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The P targets of ``out``, each fit for what the rows hold of its parameter; None where no task reaches it."""
     targets: list[Tensor | None]
     if table.dense:
         if not isinstance(out, Tensor):
@@ -88,6 +90,7 @@ def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Te
 
 
 def check_strided(tensor: Tensor, name: str) -> None:
+    """Raise unless the tensor is dense; ``name`` says in the error which one it is."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: call .to_dense()")
 
@@ -117,6 +120,7 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
 
 
 def check_rng(rng: Tensor, gram: Tensor) -> Tensor:
+    """The state as contiguous int64 ``[2]`` on the device of the Gram matrix."""
     if not isinstance(rng, Tensor) or rng.dtype is not torch.int64:
         found = rng.dtype if isinstance(rng, Tensor) else type(rng).__name__
         raise TypeError(f"expected rng as an int64 tensor, found {found}; use rng_state(seed, step)")
