@@ -7,7 +7,7 @@
 from . import reference
 from .config import show_config
 from .dispatch import available_backends, use_backend
-from .ops import combine, cosines, gram, norms
+from .ops import Statistics, combine, cosines, gram, gram_solve, norms, statistics
 from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
 from .solvers import *  # noqa: F403
@@ -17,15 +17,18 @@ from .version import __version__
 __all__ = [
     "MAX_TASKS",
     "RowTable",
+    "Statistics",
     "__version__",
     "available_backends",
     "combine",
     "cosines",
     "gram",
+    "gram_solve",
     "norms",
     "reference",
     "rng_state",
     "show_config",
+    "statistics",
     "use_backend",
     *_solvers,
 ]

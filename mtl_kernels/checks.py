@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .rows import RowTable, check_num_tasks
+from .rows import DTYPE_CODES, RowTable, check_num_tasks
 
 MAX_GROUPS = 1 << 12
 """Groups may be numbered up to here, or up to the number of parameters if there are more."""
@@ -81,10 +81,10 @@ def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Te
         if not isinstance(target, Tensor):
             raise TypeError(f"out[{p}] is a {type(target).__name__}; expected a tensor")
         check_strided(target, f"out[{p}]")
-        if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
+        if target.shape != like.shape or target.device != like.device or target.dtype not in DTYPE_CODES:
             raise ValueError(
                 f"out[{p}] is {list(target.shape)} {target.dtype} on {target.device}; expected {list(like.shape)} "
-                f"{like.dtype} on {like.device}, as in the rows"
+                f"on {like.device}, as in the rows, of dtype {', '.join(map(str, DTYPE_CODES))}"
             )
     return targets
 
@@ -95,17 +95,45 @@ def check_strided(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}; expected a dense tensor: call .to_dense()")
 
 
-def check_disjoint(table: RowTable, targets: Sequence[Tensor | None]) -> None:
-    """Raises where a target shares memory with another, or with a row that is not exactly the target itself."""
+def check_epilogue(
+    table: RowTable, scale: Tensor | None, found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scale as float64 ``[1]``, and found_inf as it is."""
+    for name, tensor in (("scale", scale), ("found_inf", found_inf)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} as a tensor with one element, found {type(tensor).__name__}")
+        if tensor.numel() != 1 or tensor.device != table.device:
+            raise ValueError(
+                f"expected {name} with one element on {table.device}, found {list(tensor.shape)} on {tensor.device}"
+            )
+    if found_inf is not None and found_inf.dtype is not torch.float32:
+        raise TypeError(f"expected found_inf of dtype float32, found {found_inf.dtype}")
+    if scale is None:
+        return None, found_inf
+    if not scale.is_floating_point():
+        raise TypeError(f"expected scale of floating dtype, found {scale.dtype}")
+    return scale.detach().to(torch.float64).reshape(1), found_inf
+
+
+def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate: bool = False) -> None:
+    """Raises where a target shares memory with another, or with a row that is not exactly the target itself.
+
+    With ``accumulate``, or where target and row differ in dtype, a target may not be a row either.
+    """
     spans: list[tuple[int, int, bool]] = []
     for p, target in enumerate(targets):
         if target is None or target.numel() == 0:
             continue
         size = target.numel() * target.element_size()
         spans.append((target.data_ptr(), size, True))
+        like = table.like[p]
+        same = not accumulate and like is not None and like.dtype is target.dtype
+        row_size = size if like is None else like.numel() * like.element_size()
         for address in table.pointers[p :: table.num_params]:
-            if address not in (0, target.data_ptr()):
-                spans.append((address, size, False))
+            if address != 0 and not (same and address == target.data_ptr()):
+                spans.append((address, row_size, False))
     row_end = target_end = 0
     for begin, size, is_target in sorted(spans):
         if begin < target_end or (is_target and begin < row_end):

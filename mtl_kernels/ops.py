@@ -8,11 +8,13 @@ grad: the combination of gradients is not itself differentiated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch
+from .backends import Backend, is_fused, reference
 from .rows import Row, RowTable, check_num_tasks
 
 _PLAIN = frozenset({Tensor, type(None)})
@@ -49,6 +51,75 @@ def gram(
     return found
 
 
+class Statistics(NamedTuple):
+    """What one read of the rows tells about them, float64.
+
+    Attributes:
+        gram: ``[K, K]`` or ``[S, K, K]``. norms: ``[K]`` or ``[S, K]``. cosines: shaped like ``gram``.
+    """
+
+    gram: Tensor
+    norms: Tensor
+    cosines: Tensor
+
+
+def statistics(
+    rows: Tensor | Sequence[Row] | RowTable,
+    *,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Statistics:
+    """`gram`, `norms` and `cosines` of the rows, from a single launch on a GPU; arguments and errors as for `gram`."""
+    if _eager():
+        rows = _as_table(rows)
+        if rows.plain:
+            return Statistics(*_statistics(rows, groups, backend))
+    flat, num_tasks = _flatten(rows)
+    return Statistics(*torch.ops.mtl_kernels.statistics(flat, num_tasks, _int_list(groups), backend))
+
+
+def gram_solve(
+    rows: Tensor | Sequence[Row] | RowTable,
+    solver: str,
+    *,
+    options: Sequence[float] = (),
+    groups: Sequence[int] | None = None,
+    active: Tensor | None = None,
+    rng: Tensor | None = None,
+    advance_rng: bool = False,
+    inputs: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gram` and `solve` of its result, on a GPU in a single launch: the last block of the Gram kernel runs the solver.
+
+    Args:
+        rows, groups: as for `gram`.
+        solver, options, active, rng, inputs: as for `solve`.
+        advance_rng: add one to the step of ``rng`` on the device, once every problem has read it.
+        backend: as for `gram`.
+
+    Returns:
+        gram ``[K, K]``, weights ``[K]`` and certificate ``[2]`` (gap or residual, iterations), float64; with ``groups``
+        ``[S, K, K]``, ``[S, K]`` and ``[S, 2]``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gram` and `solve`.
+    """
+    if advance_rng and rng is None:
+        raise ValueError("advance_rng needs an rng state; pass rng=rng_state(seed, step)")
+    if _eager():
+        rows = _as_table(rows)
+        if rows.plain and _plain(active, rng, inputs):
+            return _gram_solve(rows, solver, options, groups, active, rng, advance_rng, inputs, backend)
+    flat, num_tasks = _flatten(rows)
+    gram, weights, certificate = torch.ops.mtl_kernels.gram_solve(
+        flat, num_tasks, _int_list(groups), solver, list(options), active, rng, inputs, backend
+    )
+    if advance_rng and rng is not None:
+        rng[1:].add_(1)
+    return gram, weights, certificate
+
+
 def norms(gram: Tensor) -> Tensor:
     """The length of every row, n_k = sqrt(G_kk): ``[..., K]`` from ``[..., K, K]``."""
     checks.check_gram(gram)
@@ -78,17 +149,28 @@ def combine(
     out: Tensor | Sequence[Tensor | None] | None = None,
     *,
     groups: Sequence[int] | None = None,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    accumulate: bool = False,
     backend: str | None = None,
 ) -> Tensor | list[Tensor | None]:
-    """The weighted sum of the rows, d = J^T w, summed in float64 and rounded once to the dtype of the rows.
+    """The weighted sum of the rows, d = scale * J^T w, summed in float64 and rounded once to the dtype of the output.
 
     Args:
         rows: as for `gram`.
         weights: ``[K]``, or ``[S, K]`` with ``groups``; any floating dtype, on the device of the rows.
         out: where to write, shaped like one row (a tensor ``[N]`` for dense rows, else P tensors, ``None`` where no
             task reaches the parameter). It may be any one of the rows itself, but may not overlap one in part.
+            Its dtype may differ from the rows': d is rounded to the dtype of ``out``.
         groups: as for `gram`: parameter p takes the weights of group ``groups[p]``.
+        scale: one floating-point element on the device of the rows, such as 1 / loss scale or a clipping factor; it
+            is read on the device.
+        found_inf: float32 with one element on the device of the rows: set to 1 if anything written is inf or nan, else
+            left as it is (the convention of `torch.amp.GradScaler`).
+        accumulate: add to what ``out`` holds instead of replacing it; ``out`` may then not be one of the rows.
         backend: as for `gram`.
+
+    On the cuda backend all of this is one launch.
 
     Returns:
         ``out`` or new tensors of the rows' dtype: ``[N]`` for dense rows, else a list of P tensors with ``None``
@@ -100,16 +182,25 @@ def combine(
     """
     if _eager():
         rows = _as_table(rows)
-        if rows.plain and _plain(weights, *(out if isinstance(out, Sequence) else (out,))):
-            return _combine(rows, weights, out, groups, backend)
+        if rows.plain and _plain(weights, scale, found_inf, *(out if isinstance(out, Sequence) else (out,))):
+            return _combine(rows, weights, out, groups, backend, scale, found_inf, accumulate)
     dense = isinstance(rows, Tensor) or (isinstance(rows, RowTable) and rows.dense)
     flat, num_tasks = _flatten(rows)
     if out is not None:
         targets: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
         present = [target for target in targets if target is not None]
-        torch.ops.mtl_kernels.combine_out(flat, weights, num_tasks, _int_list(groups), present, backend)
+        torch.ops.mtl_kernels.combine_out(
+            flat, weights, num_tasks, _int_list(groups), present, backend,
+            scale=scale, found_inf=found_inf, accumulate=accumulate,
+        )  # fmt: skip
         return out if isinstance(out, Tensor) else targets
-    combined: list[Tensor] = torch.ops.mtl_kernels.combine(flat, weights, num_tasks, _int_list(groups), backend)
+    if accumulate:
+        raise ValueError("accumulate adds to out: pass out as well")
+    combined: list[Tensor] = torch.ops.mtl_kernels.combine(
+        flat, weights, num_tasks, _int_list(groups), backend, scale=scale
+    )
+    if found_inf is not None:
+        _flag_non_finite(combined, found_inf)
     if dense:
         return combined[0]
     num_params = len(flat) // num_tasks
@@ -232,6 +323,51 @@ def _gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) ->
     return out[0] if groups is None else out
 
 
+def _statistics(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    group_list, num_groups = checks.check_groups(groups, table.num_params)
+    shape = (num_groups, table.num_tasks, table.num_tasks)
+    out = torch.zeros(shape, dtype=torch.float64, device=table.device)
+    chosen = dispatch.resolve(table.device, backend)
+    if is_fused(chosen):
+        found = (out, out.new_zeros(shape[:2]), out.new_zeros(shape))
+        chosen.statistics_into(table, group_list, *found)
+    else:
+        chosen.gram_into(table, group_list, out)
+        found = (out, norms(out), cosines(out))
+    return found if groups is not None else (found[0][0], found[1][0], found[2][0])
+
+
+def _gram_solve(
+    table: RowTable,
+    solver: str,
+    options: Sequence[float],
+    groups: Sequence[int] | None,
+    active: Tensor | None,
+    rng: Tensor | None,
+    advance_rng: bool,
+    inputs: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    group_list, num_groups = checks.check_groups(groups, table.num_params)
+    lead = () if groups is None else (num_groups,)
+    gram = torch.zeros((*lead, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device)
+    active, state, inputs = _solver_arguments(gram, active, rng, inputs)
+    chosen = dispatch.resolve(table.device, backend)
+    batch = gram if groups is not None else gram.unsqueeze(0)
+    if is_fused(chosen) and (rng is None or state is rng):
+        weights, certificate = chosen.gram_solve_into(
+            table, group_list, batch, solver, active, state, advance_rng, options, inputs
+        )
+        return gram, weights.view(gram.shape[:-1]), certificate.view((*lead, 2))
+    chosen.gram_into(table, group_list, batch)
+    weights, certified = chosen.solve(solver, gram, active, state, options, inputs, True)
+    if certified is None:
+        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
+    if advance_rng and rng is not None:
+        rng[1:].add_(1)
+    return gram, weights, certified
+
+
 def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
     """Whether what belongs in the memory of ``like`` can be written to that of ``target``."""
     return target.stride() == like.stride() and not target.is_neg()
@@ -248,15 +384,61 @@ def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | Non
             torch.autograd.graph.increment_version(target)
 
 
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _elsewhere(like: Tensor, target: Tensor, accumulate: bool) -> Tensor:
+    """Room laid out like the rows for a target that is not."""
+    place = torch.empty_like(like, dtype=target.dtype)
+    return place.copy_(target.detach()) if accumulate else place
+
+
+def _combine_unfused(
+    backend: Backend,
+    table: RowTable,
+    weights: Tensor,
+    groups: Sequence[int],
+    out: Sequence[Tensor | None],
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    accumulate: bool,
+) -> None:
+    """The epilogues of `combine` for a backend whose kernel has none: one PyTorch operation each."""
+    if scale is not None:
+        weights = weights * scale.double()
+    cast = any(
+        o is not None and like is not None and o.dtype != like.dtype for o, like in zip(out, table.like, strict=True)
+    )
+    if accumulate or cast:
+        reference.combine_into(table, weights, groups, out, accumulate)
+    else:
+        backend.combine_into(table, weights, groups, out)
+    if found_inf is not None:
+        _flag_non_finite(out, found_inf)
+
+
+def _flag_non_finite(written: Sequence[Tensor | None], found_inf: Tensor) -> None:
+    for target in written:
+        if target is not None:
+            found_inf.copy_(torch.where(target.isfinite().all(), found_inf, 1.0))
+
+
 def _combine(
     table: RowTable,
     weights: Tensor,
     out: Tensor | Sequence[Tensor | None] | None,
     groups: Sequence[int] | None,
     backend: str | None,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor | list[Tensor | None]:
     weights, group_list = checks.check_weights(table, weights, groups)
+    scale, found_inf = checks.check_epilogue(table, scale, found_inf)
     if out is None:
+        if accumulate:
+            raise ValueError("accumulate adds to out: pass out as well")
         targets = [None if like is None else torch.empty_like(like) for like in table.like]
         written = targets
     else:
@@ -266,17 +448,33 @@ def _combine(
             for target, like in zip(targets, table.like, strict=True)
         ]
         if not (table.disjoint or table.device.type == "meta"):
-            checks.check_disjoint(table, written)
+            checks.check_disjoint(table, written, accumulate)
         written = [
-            torch.empty_like(like) if like is not None and place is None else place
-            for place, like in zip(written, table.like, strict=True)
+            _elsewhere(like, target, accumulate) if like is not None and target is not None and place is None else place
+            for place, like, target in zip(written, table.like, targets, strict=True)
         ]
-    dispatch.resolve(table.device, backend).combine_into(table, weights, group_list, written)
+    chosen = dispatch.resolve(table.device, backend)
+    if is_fused(chosen):
+        chosen.combine_into(table, weights, group_list, written, scale, found_inf, accumulate)
+    else:
+        _combine_unfused(chosen, table, weights, group_list, written, scale, found_inf, accumulate)
     if out is not None:
         _finish_out(targets, written)
     if table.dense:
         return out if isinstance(out, Tensor) else targets[0]  # type: ignore[return-value]
     return targets
+
+
+def _solver_arguments(
+    gram: Tensor, active: Tensor | None, rng: Tensor | None, inputs: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if active is not None:
+        active = checks.per_task(active, gram, "active", torch.bool)
+    if inputs is not None:
+        inputs = checks.per_task(inputs, gram, "inputs", torch.float64)
+    if rng is not None:
+        rng = checks.check_rng(rng, gram)
+    return active, rng, inputs
 
 
 def _solve(
@@ -292,20 +490,24 @@ def _solve(
     checks.check_gram(gram)
     if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():
         gram = gram.detach().to(torch.float64).contiguous()
-    if active is not None:
-        active = checks.per_task(active, gram, "active", torch.bool)
-    if inputs is not None:
-        inputs = checks.per_task(inputs, gram, "inputs", torch.float64)
-    if rng is not None:
-        rng = checks.check_rng(rng, gram)
+    active, rng, inputs = _solver_arguments(gram, active, rng, inputs)
     return dispatch.resolve(gram.device, backend).solve(solver, gram, active, rng, options, inputs, certified)
 
 
 _library = torch.library.Library("mtl_kernels", "DEF")
 _library.define("gram(Tensor?[] rows, int num_tasks, int[]? groups, str? backend) -> Tensor")
-_library.define("combine(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, str? backend) -> Tensor[]")
+_library.define("statistics(Tensor?[] rows, int num_tasks, int[]? groups, str? backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "combine_out(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, Tensor(a!)[] out, str? backend) -> ()"
+    "gram_solve(Tensor?[] rows, int num_tasks, int[]? groups, str solver, float[] options, Tensor? active, Tensor? rng,"
+    " Tensor? inputs, str? backend) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "combine(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, str? backend, *, Tensor? scale=None)"
+    " -> Tensor[]"
+)
+_library.define(
+    "combine_out(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, Tensor(a!)[] out, str? backend, *,"
+    " Tensor? scale=None, Tensor(b!)? found_inf=None, bool accumulate=False) -> ()"
 )
 _library.define(
     "solve(str solver, Tensor gram, float[] options, Tensor? active, Tensor? rng, Tensor? inputs, str? backend)"
@@ -317,8 +519,16 @@ def _gram_op(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
     return _gram(_unflatten(rows, num_tasks), groups, backend)
 
 
-def _combine_op(rows, weights, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
-    found = _combine(_unflatten(rows, num_tasks), weights, None, groups, backend)
+def _statistics_op(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+    return _statistics(_unflatten(rows, num_tasks), groups, backend)
+
+
+def _gram_solve_op(rows, num_tasks, groups, solver, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
+    return _gram_solve(_unflatten(rows, num_tasks), solver, options, groups, active, rng, False, inputs, backend)
+
+
+def _combine_op(rows, weights, num_tasks, groups, backend, scale=None):  # type: ignore[no-untyped-def]
+    found = _combine(_unflatten(rows, num_tasks), weights, None, groups, backend, scale)
     return [tensor for tensor in found if tensor is not None]
 
 
@@ -331,9 +541,11 @@ def _spread(table: RowTable, out: Sequence[Tensor]) -> list[Tensor | None]:
     return [None if like is None else next(given) for like in table.like]
 
 
-def _combine_out_op(rows, weights, num_tasks, groups, out, backend):  # type: ignore[no-untyped-def]
+def _combine_out_op(  # type: ignore[no-untyped-def]
+    rows, weights, num_tasks, groups, out, backend, scale=None, found_inf=None, accumulate=False
+):
     table = _unflatten(rows, num_tasks)
-    _combine(table, weights, _spread(table, out), groups, backend)
+    _combine(table, weights, _spread(table, out), groups, backend, scale, found_inf, accumulate)
 
 
 def _solve_op(solver, gram, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
@@ -347,15 +559,29 @@ def _gram_fake(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def
     return torch.empty(shape, dtype=torch.float64, device=table.device)
 
 
-def _combine_fake(rows, weights, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+def _statistics_fake(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
+    gram = _gram_fake(rows, num_tasks, groups, backend)  # type: ignore[no-untyped-call]
+    return gram, gram.new_empty(gram.shape[:-1]), torch.empty_like(gram)
+
+
+def _gram_solve_fake(rows, num_tasks, groups, solver, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
+    gram = _gram_fake(rows, num_tasks, groups, backend)  # type: ignore[no-untyped-call]
+    return gram, gram.new_empty(gram.shape[:-1]), gram.new_empty((*gram.shape[:-2], 2))
+
+
+def _combine_fake(rows, weights, num_tasks, groups, backend, scale=None):  # type: ignore[no-untyped-def]
     table = _unflatten(rows, num_tasks)
     checks.check_weights(table, weights, groups)
+    checks.check_epilogue(table, scale, None)
     return [torch.empty_like(like) for like in table.like if like is not None]
 
 
-def _combine_out_fake(rows, weights, num_tasks, groups, out, backend):  # type: ignore[no-untyped-def]
+def _combine_out_fake(  # type: ignore[no-untyped-def]
+    rows, weights, num_tasks, groups, out, backend, scale=None, found_inf=None, accumulate=False
+):
     table = _unflatten(rows, num_tasks)
     checks.check_weights(table, weights, groups)
+    checks.check_epilogue(table, scale, found_inf)
     checks.check_out(table, _spread(table, out))
 
 
@@ -369,15 +595,17 @@ def _solve_fake(solver, gram, options, active, rng, inputs, backend):  # type: i
 def _below_autograd(op):  # type: ignore[no-untyped-def]
     """The operator without a derivative: its outputs never require grad."""
 
-    def run(*args):  # type: ignore[no-untyped-def]
+    def run(*args, **kwargs):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return op(*args, **kwargs)
 
     return run
 
 
 for _name, _impl, _fake in (
     ("gram", _gram_op, _gram_fake),
+    ("statistics", _statistics_op, _statistics_fake),
+    ("gram_solve", _gram_solve_op, _gram_solve_fake),
     ("combine", _combine_op, _combine_fake),
     ("combine_out", _combine_out_op, _combine_out_fake),
     ("solve", _solve_op, _solve_fake),

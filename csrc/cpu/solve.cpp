@@ -1,9 +1,8 @@
 #include "solve.h"
 
-#include <stdexcept>
 #include <vector>
 
-#include "mtl_kernels/solvers/all.h"
+#include "mtl_kernels/solvers/find.h"
 #include "parallel.h"
 
 namespace mtl::cpu {
@@ -22,19 +21,12 @@ void solve_one(Problem problem) {
   Solver::solve(SerialTeam{}, problem);
 }
 
-struct Entry {
-  void (*solve)(Problem) = nullptr;
-  std::size_t num_options = 0;
-  bool (*needs_rng)(const double*) = nullptr;
-};
+using Solve = void (*)(Problem);
 
 template <class... Solvers>
-Entry find(const std::string& name, SolverList<Solvers...>) {
-  Entry found;
-  ((name == Solvers::name ? void(found = {solve_one<Solvers>, Solvers::num_options, Solvers::needs_rng})
-                          : void()),
-   ...);
-  return found;
+Solve solve_at(int position, SolverList<Solvers...>) {
+  constexpr Solve all[] = {solve_one<Solvers>...};
+  return all[position];
 }
 
 }  // namespace
@@ -43,18 +35,7 @@ void solve(const std::string& name, std::int64_t batch, int num_tasks, const dou
            const unsigned char* active, std::int64_t active_stride, const std::int64_t* rng,
            const std::vector<double>& options, const double* inputs, std::int64_t inputs_stride,
            double* weights, double* certificate, int threads) {
-  const Entry solver = find(name, AllSolvers{});
-  if (solver.solve == nullptr) throw std::invalid_argument("unknown solver '" + name + "'");
-  if (options.size() != solver.num_options) {
-    throw std::invalid_argument("solver '" + name + "' takes " + std::to_string(solver.num_options) +
-                                " options, found " + std::to_string(options.size()));
-  }
-  if (rng == nullptr && solver.needs_rng(options.data()))
-    throw std::invalid_argument("solver '" + name + "' needs an rng state with these options");
-  if (num_tasks < 1 || num_tasks > kMaxTasks) {
-    throw std::invalid_argument("expected 1 to " + std::to_string(kMaxTasks) + " tasks, found " +
-                                std::to_string(num_tasks));
-  }
+  const Solve run = solve_at(find_solver(name, num_tasks, options, rng != nullptr).position, AllSolvers{});
   const std::int64_t entries = static_cast<std::int64_t>(num_tasks) * num_tasks;
   parallel_for(batch, batch * entries < kSerialEntries ? 1 : threads, [&](std::int64_t index) {
     Problem problem{};
@@ -68,7 +49,7 @@ void solve(const std::string& name, std::int64_t batch, int num_tasks, const dou
     problem.weights = weights + index * num_tasks;
     double unwanted[2];
     problem.certificate = certificate == nullptr ? unwanted : certificate + index * 2;
-    solver.solve(problem);
+    run(problem);
   });
 }
 

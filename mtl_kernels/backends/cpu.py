@@ -29,6 +29,7 @@ class CpuBackend:
     """SIMD kernels chosen at run time for this processor, on as many threads as torch uses."""
 
     name = "cpu"
+    fused = False
 
     def missing(self) -> str | None:
         return _reason

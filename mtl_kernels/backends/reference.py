@@ -35,8 +35,17 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     out.copy_(out.tril() + lower.mT)
 
 
-def combine_into(table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]) -> None:
-    """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]`` for every parameter that a task reaches."""
+def combine_into(
+    table: RowTable,
+    weights: Tensor,
+    groups: Sequence[int],
+    out: Sequence[Tensor | None],
+    accumulate: bool = False,
+) -> None:
+    """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]`` for every parameter that a task reaches.
+
+    Rounds to the dtype of ``out[p]``; with ``accumulate`` after adding what it held.
+    """
     for p, target in enumerate(out):
         if target is None:
             continue
@@ -44,7 +53,8 @@ def combine_into(table: RowTable, weights: Tensor, groups: Sequence[int], out: S
         flat = _flat(target)
         for begin in range(0, flat.numel(), BLOCK):
             end = begin + BLOCK
-            flat[begin:end] = sum(weight * row[begin:end].double() for weight, row in column)  # type: ignore[assignment]
+            total = sum(weight * row[begin:end].double() for weight, row in column)
+            flat[begin:end] = total + flat[begin:end].double() if accumulate else total  # type: ignore[assignment]
 
 
 def _flat(tensor: Tensor | None) -> Tensor:
@@ -84,6 +94,7 @@ class ReferenceBackend:
     """The functions of this file behind the interface of a backend."""
 
     name = "reference"
+    fused = False
     gram_into = staticmethod(gram_into)
     combine_into = staticmethod(combine_into)
     solve = staticmethod(solve)

@@ -49,6 +49,14 @@ def min_norm_weights(
         ValueError, TypeError: an unknown solver, max_iters < 1, a negative or nan tol, or tensors of the
             wrong shape, dtype or device.
     """
+    options = min_norm_options(solver, max_iters, tol)
+    weights, certificate = ops.solve("min_norm", gram, options=options, active=active, backend=backend)
+    gap, iterations = certificate.unbind(-1)
+    return Solution(weights, gap, iterations.to(torch.int64))
+
+
+def min_norm_options(solver: str, max_iters: int | None = None, tol: float | None = None) -> tuple[float, ...]:
+    """The options of solver "min_norm". Raise ValueError for those that `min_norm_weights` refuses."""
     if solver not in ("exact", "frank_wolfe"):
         raise ValueError(f'expected solver "exact" or "frank_wolfe", found {solver!r}')
     if max_iters is not None and (isinstance(max_iters, bool) or not isinstance(max_iters, int) or max_iters < 1):
@@ -60,10 +68,7 @@ def min_norm_weights(
         max_iters = _FRANK_WOLFE_ITERATIONS if published else 0
     if tol is None:
         tol = _FRANK_WOLFE_TOLERANCE if published else 0.0
-    options = (float(published), float(max_iters), float(tol))
-    weights, certificate = ops.solve("min_norm", gram, options=options, active=active, backend=backend)
-    gap, iterations = certificate.unbind(-1)
-    return Solution(weights, gap, iterations.to(torch.int64))
+    return (float(published), float(max_iters), float(tol))
 
 
 def reference(

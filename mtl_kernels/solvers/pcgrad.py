@@ -44,14 +44,19 @@ def pcgrad_weights(
     Raises:
         ValueError, TypeError: an unknown order or reduction, or tensors of the wrong shape, dtype or device.
     """
+    options = pcgrad_options(order, reduction)
+    if order == "random" and rng is None and isinstance(gram, Tensor):
+        rng = torch.randint(1 << 62, (2,), dtype=torch.int64, device=gram.device)
+    return ops.solve_weights("pcgrad", gram, options=options, active=active, rng=rng, backend=backend)
+
+
+def pcgrad_options(order: str, reduction: str) -> tuple[float, ...]:
+    """The options of solver "pcgrad". Raise ValueError for an unknown order or reduction."""
     if order not in ("random", "fixed"):
         raise ValueError(f'expected order "random" or "fixed", found {order!r}')
     if reduction not in ("sum", "mean"):
         raise ValueError(f'expected reduction "sum" or "mean", found {reduction!r}')
-    if order == "random" and rng is None and isinstance(gram, Tensor):
-        rng = torch.randint(1 << 62, (2,), dtype=torch.int64, device=gram.device)
-    options = (1.0 if order == "random" else 0.0, 1.0 if reduction == "mean" else 0.0)
-    return ops.solve_weights("pcgrad", gram, options=options, active=active, rng=rng, backend=backend)
+    return (float(order == "random"), float(reduction == "mean"))
 
 
 def reference(
