@@ -11,7 +11,8 @@ from torch import Tensor
 import mtl_kernels
 from mtl_kernels import RowTable
 
-from .capture import Row
+from .cuda_graphs import capturing, refuse_capture
+from .grads import Row
 from .methods.base import Method
 from .report import Report
 
@@ -40,7 +41,8 @@ class Combiner:
         self.method = method
         self.head_scaling = head_scaling
         self.granularity = granularity
-        self._masks: dict[tuple[tuple[bool, ...], ...], tuple[torch.device, Tensor]] = {}
+        self._masks: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
+        self._in_graph = False  # a captured graph goes on reading the masks it was captured with
 
     def __call__(
         self, tasks: tuple[str, ...], rows: Sequence[Row], group_of: Sequence[int], losses: Tensor | None
@@ -62,18 +64,19 @@ class Combiner:
         pattern = _pattern(shared, groups, reached_by, len(tasks))
         table = RowTable([[row[p] for p in shared] for row in rows], disjoint=True)
         kernel_groups = None if self.granularity == "model" else groups
-        gram = mtl_kernels.gram(table, groups=kernel_groups)
-        mask = self._mask(pattern, gram.device)
+        mask = self._mask(pattern, table.device)
         active = mask[0] if self.granularity == "model" else mask
         everyone = all(map(all, pattern))
-        solution = self.method.solve(gram, losses=losses, active=None if everyone else active)
-        combined = mtl_kernels.combine(table, solution.weights, out=table.like, groups=kernel_groups)
+        gram, weights, certificate = self.method.weigh(
+            table, groups=kernel_groups, losses=losses, active=None if everyone else active
+        )
+        combined = mtl_kernels.combine(table, weights, out=table.like, groups=kernel_groups)
         for p, grad in zip(shared, combined, strict=True):
             grads[p] = grad
         if self.head_scaling == "weights":
             problem_of = {problem: s for s, problem in enumerate(problems)} if self.granularity == "group" else {}
-            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], solution.weights, active)
-        report = Report(tasks, gram, solution.weights, active, solution.gap, solution.iterations, problems)
+            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], weights, active)
+        report = Report(tasks, gram, weights, active, certificate, problems)
         return Combined(grads, owner, report)
 
     def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
@@ -95,12 +98,14 @@ class Combiner:
 
     def _mask(self, pattern: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
         """``pattern`` on the device, copied there once: a copy at every step would make the host wait."""
+        self._in_graph = self._in_graph or capturing()
         found = self._masks.get(pattern)
-        if found is None or found[0] != device:
-            if len(self._masks) >= _MASKS_KEPT:
+        if found is None or found.device != device:
+            refuse_capture("the mask of which task reaches which parameter would be copied to the device")
+            if len(self._masks) >= _MASKS_KEPT and not self._in_graph:
                 self._masks.clear()
-            found = self._masks[pattern] = (device, torch.tensor(pattern, dtype=torch.bool, device=device))
-        return found[1]
+            found = self._masks[pattern] = torch.tensor(pattern, dtype=torch.bool, device=device)
+        return found
 
 
 def _pattern(

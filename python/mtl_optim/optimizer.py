@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 from mtl_kernels import MAX_TASKS
 
 from . import validate
-from .capture import Isolation, Row, add_grads, put_grads, run_backward, take_grads
+from .capture import CAPTURES, run_backward
 from .combination import Combined, Combiner
+from .cuda_graphs import refuse_capture
+from .grads import Isolation, Row, add_grads, take_grads
 from .graph import Parameters, count_outside, select_parameters, split_compiled_graph
-from .methods import Method, available
-from .methods.base import check_choice
+from .methods import Method
 from .pending import Pending, stack_losses
+from .progress import OpenBlock, Progress
 from .refresh import Reusable
 from .report import Report
 from .task import TaskBlock
@@ -28,33 +30,6 @@ from .wrapper import OptimizerWrapper
 
 _STATE_VERSION = 1
 _AMP_ATTRIBUTES = ("grad_scale", "found_inf")
-
-
-@dataclasses.dataclass(eq=False)
-class _OpenBlock:
-    """The `task` block now open."""
-
-    block: TaskBlock
-    name: str
-    managed: list[Tensor]
-    isolation: Isolation
-    versions: dict[int, int]
-    done: bool = False
-
-
-@dataclasses.dataclass(eq=False)
-class _Progress:
-    """What changes from step to step.
-
-    One object, changed in place: wrappers that stand in for an optimizer (Lightning's) run its methods on
-    themselves, where an attribute that a method sets would stay out of sight of the optimizer.
-    """
-
-    tasks: tuple[str, ...]
-    reusable: Reusable | None = None
-    report: Report | None = None
-    has_gradient: bool = False
-    block: _OpenBlock | None = None
 
 
 class MultiTaskOptimizer(OptimizerWrapper):
@@ -89,6 +64,9 @@ class MultiTaskOptimizer(OptimizerWrapper):
             which its task takes part (always so with granularity="parameter") takes the mean of that task's
             weights.
         granularity: one Gram matrix per "model", per param "group" or per "parameter".
+        capture: where the gradients of the tasks are held. "harvest" takes the tensors that autograd made, no copy.
+            "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the
+            same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
             weighted backward pass with the last weights. Needs granularity="model". A step with other tasks,
             with `task` blocks or with ``accumulate=True`` computes them anew, as does the one after gradients
@@ -107,47 +85,28 @@ class MultiTaskOptimizer(OptimizerWrapper):
         *,
         head_scaling: str = "none",
         granularity: str = "model",
+        capture: str = "harvest",
         refresh_every: int = 1,
         tasks: Sequence[str] | None = None,
     ) -> None:
-        owner = "MultiTaskOptimizer"
         if isinstance(optimizer, MultiTaskOptimizer):
-            raise TypeError(f"{owner}: the optimizer is already a MultiTaskOptimizer; wrap its .optimizer")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"{owner}: expected a torch.optim.Optimizer, found {optimizer!r}; build the optimizer first"
-            )
-        if not isinstance(method, Method):
-            raise TypeError(
-                f"{owner}: expected an instance of a method such as PCGrad(), found {method!r}; known "
-                f"methods: {', '.join(available())}"
-            )
-        check_choice(owner, "head_scaling", head_scaling, ("none", "weights"))
-        check_choice(owner, "granularity", granularity, ("model", "group", "parameter"))
-        if isinstance(refresh_every, bool) or not isinstance(refresh_every, int):
-            raise TypeError(f"{owner}: expected refresh_every as an integer, found {refresh_every!r}")
-        if refresh_every < 1:
-            raise ValueError(f"{owner}: expected refresh_every >= 1, found {refresh_every}")
-        if refresh_every > 1 and granularity != "model":
-            raise ValueError(
-                f"{owner}: refresh_every={refresh_every} reuses one weight per loss, which "
-                f'granularity={granularity!r} does not have; use granularity="model" or refresh_every=1'
-            )
-        validate.check_param_groups(optimizer.param_groups)
+            raise TypeError("MultiTaskOptimizer: the optimizer is already one; wrap its .optimizer")
+        validate.check_optimizer_options(optimizer, method, head_scaling, granularity, capture, refresh_every)
         super().__init__(optimizer)
         self.method = method
         self.head_scaling = head_scaling
         self.granularity = granularity
+        self.capture = capture
         self.refresh_every = refresh_every
         self._fixed_tasks = tasks is not None
-        self._progress = _Progress(validate.task_names(tasks))
+        self._progress = Progress(validate.task_names(tasks))
         self._warned: set[str] = set()
         self._start()
 
     def _start(self) -> None:
         """What is neither configuration nor state that outlives a copy."""
         self._combiner = Combiner(self.method, self.head_scaling, self.granularity)
-        self._pending = Pending()
+        self._pending = Pending(CAPTURES[self.capture]())
         self._inspected: set[str] = set()
 
     @property
@@ -186,6 +145,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """
         self._check_idle("backward()")
         validate.check_single_rank()
+        if self.refresh_every > 1:
+            refuse_capture(f"refresh_every={self.refresh_every} decides on the host", "use refresh_every=1")
         named = validate.named_losses(losses)
         if validate.is_stacked(losses):
             self._warn_once(
@@ -203,13 +164,13 @@ class MultiTaskOptimizer(OptimizerWrapper):
         self._inspect(named, parameters)
         if not accumulate and self._backward_reusing(named, parameters, retain_graph):
             return
+        pending.prepare(tasks, managed)
         isolation = Isolation(managed, parameters.others)
         rows, versions = dict(pending.rows), pending.versions()
         try:
             for k, (name, loss) in enumerate(named.items()):
                 previous = rows.get(name)
-                if previous is not None:
-                    put_grads(managed, previous)
+                pending.open(name, managed, previous)
                 keep = retain_graph or k < len(named) - 1
                 run_backward(functools.partial(loss.backward, retain_graph=keep))
                 rows[name] = pending.take(name, managed, previous)
@@ -277,6 +238,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             RuntimeError: nothing was captured since the last step, or inside a `task` block.
         """
         self._check_idle("step()")
+        if closure is not None:
+            refuse_capture("a closure is called", "call backward() and then step() without one")
         forwarded = [name for name in _AMP_ATTRIBUTES if name in self.__dict__]
         for name in forwarded:
             setattr(self.optimizer, name, self.__dict__[name])
@@ -338,6 +301,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What GradScaler.step() asks before it steps: the moment to refuse a step with wrong scales."""
+        refuse_capture("GradScaler decides on the host whether to step", "use bfloat16 without a scaler")
         if self._pending.rows:
             raise RuntimeError(
                 "GradScaler.step() before the captured tasks were combined: their gradients were not "
@@ -420,7 +384,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("optimizer", "method", "head_scaling", "granularity", "refresh_every")
+        kept = ("optimizer", "method", "head_scaling", "granularity", "capture", "refresh_every")
         state = {name: self.__dict__[name] for name in (*kept, "_fixed_tasks", "_warned")}
         return {**state, "_progress": dataclasses.replace(self._progress, block=None)}
 
@@ -431,7 +395,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
 
     def __repr__(self) -> str:
         options = f"head_scaling={self.head_scaling!r}, granularity={self.granularity!r}"
-        options += f", refresh_every={self.refresh_every}, tasks={list(self._progress.tasks)}"
+        options += f", capture={self.capture!r}, refresh_every={self.refresh_every}, tasks={list(self._progress.tasks)}"
         return f"MultiTaskOptimizer({self.method!r}, {options},\n{self.optimizer!r})"
 
     def _check_idle(self, what: str) -> None:
@@ -549,9 +513,10 @@ class MultiTaskOptimizer(OptimizerWrapper):
         self._pending.check_params(managed)
         if not accumulate:
             self._pending.check_new(name)
+        self._pending.prepare(self._with_tasks([name]), managed)
         versions = self._pending.versions()
-        self._progress.block = _OpenBlock(block, name, managed, Isolation(managed, others), versions)
-        put_grads(managed, self._pending.rows.get(name, [None] * len(managed)))
+        self._progress.block = OpenBlock(block, name, managed, Isolation(managed, others), versions)
+        self._pending.open(name, managed, self._pending.rows.get(name))
 
     def _close_block(self, block: TaskBlock, failed: bool) -> None:
         opened = self._progress.block

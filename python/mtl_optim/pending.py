@@ -8,29 +8,33 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .capture import Harvester, Row
+from .capture import Capture
+from .grads import Row
 from .graph import reaches_nothing
 
 
 class Pending:
     """Rows by task name, over one list of parameters.
 
+    Args:
+        capture: how a backward pass becomes a row.
+
     Attributes:
         rows: one per task. losses: the values of their losses, for methods that need them.
         accumulating: whether `backward` may add to the rows without being asked to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capture: Capture) -> None:
         self.rows: dict[str, Row] = {}
         self.losses: dict[str, Tensor] = {}
         self.accumulating = False
         self._params: list[Tensor] = []
-        self._harvester = Harvester()
+        self._capture = capture
 
     def clear(self) -> None:
         """Forgets everything, so that the memory of the rows is free."""
         self.rows, self.losses, self.accumulating, self._params = {}, {}, False, []
-        self._harvester.forget()
+        self._capture.forget()
 
     def keep(self, rows: dict[str, Row], losses: dict[str, Tensor], params: list[Tensor]) -> None:
         """Replaces what is kept."""
@@ -53,9 +57,17 @@ class Pending:
                 "the parameters that require grad changed since tasks were captured; call zero_grad() and capture again"
             )
 
+    def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
+        """Makes ready for rows of these tasks; see `Capture.prepare`."""
+        self._capture.prepare(tasks, params)
+
+    def open(self, name: str, params: Sequence[Tensor], previous: Row | None) -> None:
+        """Sets ``.grad`` for a pass of the task, on top of its row so far."""
+        self._capture.open(name, params, previous)
+
     def take(self, name: str, params: Sequence[Tensor], previous: Row | None) -> Row:
-        """The row now in ``.grad``; see `Harvester.take`. Raise ValueError if it is empty."""
-        row = self._harvester.take(params, previous)
+        """The row now in ``.grad``; see `Capture.take`. Raise ValueError if it is empty."""
+        row = self._capture.take(params, previous)
         if all(grad is None for grad in row):
             raise reaches_nothing(name)
         return row
@@ -74,6 +86,7 @@ class Pending:
 
     def after_failure(self, versions: Mapping[int, int]) -> None:
         """Drops rows that an interrupted pass has added to: half a micro-batch must not be stepped with."""
+        self._capture.close()
         if versions != self.versions():
             self.clear()
             warnings.warn(
@@ -82,7 +95,7 @@ class Pending:
                 stacklevel=4,
             )
         elif not self.rows:
-            self._harvester.forget()
+            self._capture.forget()
 
 
 def stack_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 import mtl_kernels
@@ -22,8 +23,7 @@ class Report:
         weights: float64 ``[K]`` or ``[S, K]``, of the original rows.
         active: bool, shaped like ``weights``: the tasks that reached a shared parameter of the problem.
             Where no parameter was shared, the tasks that were present (weight 1).
-        gap: float64 duality gap, ``[]`` or ``[S]``; None for methods without a certificate.
-        iterations: int64, ``[]`` or ``[S]``; None likewise.
+        certificate: float64 ``[2]`` or ``[S, 2]``, `gap` and `iterations`; None for methods without one.
         problems: the S param group indices, or indices of parameters (counting those combined, in the order
             of the optimizer); empty for ``granularity="model"``.
         age: steps since the weights were computed (above 0 only with ``refresh_every``).
@@ -33,8 +33,7 @@ class Report:
     gram: Tensor
     weights: Tensor
     active: Tensor
-    gap: Tensor | None = None
-    iterations: Tensor | None = None
+    certificate: Tensor | None = None
     problems: tuple[int, ...] = ()
     age: int = 0
 
@@ -47,6 +46,16 @@ class Report:
     def cosines(self) -> Tensor:
         """The cosine of every pair of rows, float64 ``[..., K, K]``; 0 for a zero row."""
         return mtl_kernels.cosines(self.gram)
+
+    @property
+    def gap(self) -> Tensor | None:
+        """The duality gap, float64 ``[]`` or ``[S]``; None without a certificate."""
+        return None if self.certificate is None else self.certificate[..., 0]
+
+    @property
+    def iterations(self) -> Tensor | None:
+        """The iterations of the solver, int64 ``[]`` or ``[S]``; None without a certificate."""
+        return None if self.certificate is None else self.certificate[..., 1].to(torch.int64)
 
     @property
     def conflict_fraction(self) -> Tensor:

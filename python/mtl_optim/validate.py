@@ -8,10 +8,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mtl_kernels import MAX_TASKS
 
-from .methods.base import Method
+from .capture import CAPTURES
+from .methods import Method, available
+from .methods.base import check_choice
+
+
+def check_optimizer_options(
+    optimizer: object, method: object, head_scaling: str, granularity: str, capture: str, refresh_every: int
+) -> None:
+    """Raise TypeError or ValueError for what `MultiTaskOptimizer` cannot be built of."""
+    owner = "MultiTaskOptimizer"
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{owner}: expected a torch.optim.Optimizer, found {optimizer!r}; build the optimizer first")
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"{owner}: expected an instance of a method such as PCGrad(), found {method!r}; known methods: "
+            f"{', '.join(available())}"
+        )
+    check_choice(owner, "head_scaling", head_scaling, ("none", "weights"))
+    check_choice(owner, "granularity", granularity, ("model", "group", "parameter"))
+    check_choice(owner, "capture", capture, tuple(CAPTURES))
+    if isinstance(refresh_every, bool) or not isinstance(refresh_every, int):
+        raise TypeError(f"{owner}: expected refresh_every as an integer, found {refresh_every!r}")
+    if refresh_every < 1:
+        raise ValueError(f"{owner}: expected refresh_every >= 1, found {refresh_every}")
+    if refresh_every > 1 and granularity != "model":
+        raise ValueError(
+            f"{owner}: refresh_every={refresh_every} reuses one weight per loss, which granularity={granularity!r} "
+            'does not have; use granularity="model" or refresh_every=1'
+        )
+    check_param_groups(optimizer.param_groups)
 
 
 def named_losses(losses: Any) -> dict[str, Tensor]:

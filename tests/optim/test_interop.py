@@ -15,6 +15,7 @@ from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad, Sum
 from optim.oracle import TwoHeads, flatten, pcgrad_fixed, rows_of
 
 FIXED = PCGrad(order="fixed")
+pytestmark = pytest.mark.usefixtures("each_capture")
 
 
 def wrap(model: nn.Module, method=FIXED, **options) -> MultiTaskOptimizer:  # type: ignore[no-untyped-def]

@@ -43,6 +43,7 @@ def allocated(run) -> int:  # type: ignore[no-untyped-def]
     return total
 
 
+@pytest.mark.usefixtures("each_capture")
 @pytest.mark.parametrize("method", [PCGrad(), MGDA()], ids=repr)
 @pytest.mark.parametrize("granularity", ["model", "parameter"])
 def test_combine_allocates_next_to_nothing(method, granularity: str) -> None:  # type: ignore[no-untyped-def]

@@ -9,6 +9,8 @@ from torch import nn
 from mtl_optim import MGDA, Mean, MultiTaskOptimizer, PCGrad
 from optim.oracle import TwoHeads
 
+pytestmark = pytest.mark.usefixtures("each_capture")
+
 
 def pair(method=None, **options):  # type: ignore[no-untyped-def]
     model = TwoHeads()

@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import RowTable, Solution
+from mtl_kernels import RowTable, Solution, ops
+
+
+class SolverCall(NamedTuple):
+    """A solver of `mtl_kernels` and what it is called with: the declarative form of a method.
+
+    Attributes:
+        solver: its name. options: in its own order.
+        rng: int64 ``[2]``, whose step the call advances; None for solvers that draw nothing.
+        certified: whether its certificate says something.
+    """
+
+    solver: str
+    options: tuple[float, ...] = ()
+    rng: Tensor | None = None
+    certified: bool = True
+
+
+class Weighted(NamedTuple):
+    """What `Method.weigh` finds: gram ``[..., K, K]``, weights ``[..., K]``, certificate ``[..., 2]`` or None."""
+
+    gram: Tensor
+    weights: Tensor
+    certificate: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """A rule that turns the Gram matrix of the task gradients into one weight per task.
 
-    A subclass is a frozen dataclass that defines `solve`; ``state`` holds whatever changes between steps, as
-    tensors. Two optimizers that must not share state need two instances.
+    A subclass is a frozen dataclass that defines `solver_call`, or `solve` where no solver of `mtl_kernels` does all
+    of it; ``state`` holds whatever changes between steps, as tensors. Two optimizers that must not share state need
+    two instances.
     """
 
     name: ClassVar[str]
@@ -36,6 +60,10 @@ class Method:
         """Whether scaling every row by c scales the combination by c, as GradScaler takes for granted."""
         return True
 
+    def solver_call(self, device: torch.device) -> SolverCall | None:
+        """The solver that gives the weights, for a Gram matrix on ``device``; None if `solve` does it otherwise."""
+        return None
+
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The weights with their certificate.
 
@@ -47,7 +75,46 @@ class Method:
         Returns:
             Tensors on the device of ``gram``; nothing is copied to the host.
         """
-        raise NotImplementedError
+        check_gram(type(self).__name__, gram)
+        if (call := self.solver_call(gram.device)) is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither solver_call() nor solve()")
+        weights, certificate = ops.solve(call.solver, gram, options=call.options, active=active, rng=call.rng)
+        if call.rng is not None:
+            call.rng[1:].add_(1)
+        if not call.certified:
+            return Solution(weights)
+        return Solution(weights, certificate[..., 0], certificate[..., 1].to(torch.int64))
+
+    def weigh(
+        self,
+        rows: RowTable,
+        *,
+        groups: Sequence[int] | None = None,
+        losses: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Weighted:
+        """Gram matrix and weights of some rows; one launch on a GPU where the method is a `solver_call`.
+
+        Args:
+            rows, groups: as for `mtl_kernels.gram`.
+            losses, active: as for `solve`.
+        """
+        if (call := self.solver_call(rows.device)) is None:
+            gram = mtl_kernels.gram(rows, groups=groups)
+            weights, gap, iterations = self.solve(gram, losses=losses, active=active)
+            if gap is None or iterations is None:
+                return Weighted(gram, weights, None)
+            return Weighted(gram, weights, torch.stack((gap, iterations.to(gap.dtype)), -1))
+        gram, weights, certificate = mtl_kernels.gram_solve(
+            rows,
+            call.solver,
+            options=call.options,
+            groups=groups,
+            active=active,
+            rng=call.rng,
+            advance_rng=call.rng is not None,
+        )
+        return Weighted(gram, weights, certificate if call.certified else None)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """One weight per original row, float64 ``[..., K]``; the arguments are those of `solve`."""
@@ -72,8 +139,7 @@ class Method:
             rows.
         """
         table = rows if isinstance(rows, RowTable) else RowTable(rows)
-        solution = self.solve(mtl_kernels.gram(table), losses=losses, active=active)
-        return mtl_kernels.combine(table, solution.weights)
+        return mtl_kernels.combine(table, self.weigh(table, losses=losses, active=active).weights)
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, as plain values."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtl_kernels import Solution
 
+from ..cuda_graphs import refuse_capture
 from .base import Method, check_active, check_gram, spread
 
 
@@ -81,6 +82,7 @@ class Constant(Method):
         # Copied to a device once: a copy at every step would make the host wait.
         cache = self._on_device
         if gram.device not in cache:
+            refuse_capture("the weights of Constant would be copied to the device")
             cache[gram.device] = torch.tensor(self.weights_per_task, dtype=torch.float64, device=gram.device)
         return Solution(spread("Constant", gram, cache[gram.device], active))
 

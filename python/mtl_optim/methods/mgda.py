@@ -11,8 +11,9 @@ from torch import Tensor
 
 import mtl_kernels
 from mtl_kernels import Solution
+from mtl_kernels.solvers.min_norm import min_norm_options
 
-from .base import Method, check_choice, check_gram
+from .base import Method, SolverCall, check_choice, check_gram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,27 +73,33 @@ class MGDA(Method):
         """False where rows are divided by something that grows with them."""
         return self.normalize == "none" or self.weights_for == "normalized"
 
+    def solver_call(self, device: torch.device) -> SolverCall | None:
+        """Solver "min_norm", on rows as they are; None where they are normalised first."""
+        if self.normalize != "none":
+            return None
+        return SolverCall("min_norm", min_norm_options(self.solver, self.max_iters, self.tol))
+
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The minimum-norm weights, for the original rows; see `Method.solve`.
 
         Raises:
             TypeError, ValueError: losses missing or of the wrong shape where normalize needs them.
         """
+        if self.normalize == "none":
+            return super().solve(gram, losses=losses, active=active)
         check_gram("MGDA", gram)
         scale = self._scale(gram, losses)
-        problem = gram if scale is None else gram.double() / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+        problem = gram.double() / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
         weights, gap, iterations = mtl_kernels.min_norm_weights(
             problem, solver=self.solver, max_iters=self.max_iters, tol=self.tol, active=active
         )
-        if scale is not None and gap is not None and self.weights_for == "original":
+        if gap is not None and self.weights_for == "original":
             # A gap of NaN marks a non-finite problem, whose 1 / K weights are to reach the rows as they are.
             weights = torch.where(gap.isnan().unsqueeze(-1), weights, weights / scale)
         return Solution(weights, gap, iterations)
 
-    def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor | None:
-        """What the rows are divided by, float64 ``[..., K]``; ``None`` for no normalisation."""
-        if self.normalize == "none":
-            return None
+    def _scale(self, gram: Tensor, losses: Tensor | None) -> Tensor:
+        """What the rows are divided by, float64 ``[..., K]``."""
         scale = torch.ones(gram.shape[:-1], dtype=torch.float64, device=gram.device)
         if self.normalize in ("l2", "loss+"):
             scale = scale * _positive_or_one(mtl_kernels.norms(gram.double()))

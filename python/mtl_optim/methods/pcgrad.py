@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import Solution
+from mtl_kernels.solvers.pcgrad import pcgrad_options
 
-from .base import Method, check_choice, check_gram
+from ..cuda_graphs import refuse_capture
+from .base import Method, SolverCall, check_choice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +22,7 @@ class PCGrad(Method):
     Every gradient g_i is projected, task by task, onto the normal plane of each original g_j it conflicts
     with (g_i . g_j < 0: g_i <- g_i - (g_i . g_j) / ||g_j||^2 g_j), and the results are added. Carried out on
     coefficients: with c_i = e_i and s = (G c_i)_j, s < 0 means c_i[j] -= s / G_jj; w = sum_i c_i. Zero rows
-        are skipped.
+    are skipped.
 
     Args:
         order: "random" (the paper) visits the other tasks in a fresh order for every task, "fixed" in
@@ -50,20 +51,17 @@ class PCGrad(Method):
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"PCGrad: expected a seed in 0..2**63-1, found {self.seed}")
 
-    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
-        """The summed coefficients of the projected gradients; see `Method.solve`."""
-        check_gram("PCGrad", gram)
-        rng = self._rng(gram) if self.order == "random" else None
-        weights = mtl_kernels.pcgrad_weights(gram, order=self.order, reduction=self.reduction, rng=rng, active=active)
-        if rng is not None:
-            rng[1:].add_(1)
-        return Solution(weights)
+    def solver_call(self, device: torch.device) -> SolverCall:
+        """Solver "pcgrad", in closed form: the summed coefficients of the projected gradients."""
+        rng = self._rng(device) if self.order == "random" else None
+        return SolverCall("pcgrad", pcgrad_options(self.order, self.reduction), rng, certified=False)
 
-    def _rng(self, gram: Tensor) -> Tensor:
+    def _rng(self, device: torch.device) -> Tensor:
         rng = self.state.get("rng")
-        if rng is None or rng.device != gram.device:
+        if rng is None or rng.device != device:
+            refuse_capture("PCGrad's random state would be set up")
             # A tensor made in inference mode could not be advanced outside it.
             with torch.inference_mode(False):
-                rng = mtl_kernels.rng_state(self.seed, device=gram.device) if rng is None else rng.to(gram.device)
+                rng = mtl_kernels.rng_state(self.seed, device=device) if rng is None else rng.to(device)
         self.state["rng"] = rng
         return rng

@@ -1,0 +1,58 @@
+"""Moving gradients in and out of ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Row = list[Tensor | None]
+"""The gradient of one task: one tensor per managed parameter, None where the task does not reach it."""
+
+
+def take_grads(params: Sequence[Tensor]) -> Row:
+    """The ``.grad`` of every parameter, which is None afterwards."""
+    grads = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    return grads
+
+
+def put_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Sets the ``.grad`` of every parameter."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
+def add_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Adds to every ``.grad`` as autograd does: in place if there is one, else by taking the tensor."""
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None:
+            continue
+        present = param.grad
+        if present is None:
+            param.grad = grad
+        elif present.layout == torch.strided:
+            present.add_(grad)
+        else:
+            param.grad = present + grad if grad.layout == present.layout else grad.add_(present)
+
+
+class Isolation:
+    """Hides the gradients that are there while others are captured, and puts them back."""
+
+    def __init__(self, managed: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self._managed, self._others = managed, others
+        self._managed_grads, self._other_grads = take_grads(managed), take_grads(others)
+
+    def undo(self) -> None:
+        """As if nothing had happened."""
+        put_grads(self._managed, self._managed_grads)
+        put_grads(self._others, self._other_grads)
+
+    def finish(self) -> None:
+        """Puts the managed gradients back; the others keep what autograd has added to them."""
+        added = take_grads(self._others)
+        self.undo()
+        add_grads(self._others, added)
