@@ -3,8 +3,11 @@
 Without a C++ compiler the install succeeds as pure Python, and ``mtl_kernels.show_config()`` says what is missing. With
 one, a failing build fails the install.
 
-Environment: MTL_KERNELS_CPU=0 leaves the compiled CPU module out, CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL
-the number of jobs.
+Where nvcc is found (CUDACXX, PATH, CUDA_HOME, /usr/local/cuda) the CUDA module is built too; no GPU is needed for that.
+
+Environment: MTL_KERNELS_CUDA=0 leaves the CUDA module out, 1 insists on it; MTL_KERNELS_CUDA_ARCHS lists its
+architectures ("80;90;100" by default, "native" for the GPUs of this machine); MTL_KERNELS_CPU=0 leaves out all that is
+compiled; CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
 """
 
 import os
@@ -32,6 +35,24 @@ def missing_toolchain() -> str | None:
     return None
 
 
+def cuda_options() -> list[str]:
+    """What CMake is told about the CUDA module."""
+    wanted = os.environ.get("MTL_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"expected MTL_KERNELS_CUDA as 0 or 1, found {wanted!r}")
+    options = ["-DMTL_KERNELS_CUDA=" + {"": "AUTO", "0": "OFF", "1": "ON"}[wanted]]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    beside = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in [*homes, "/usr/local/cuda"]))
+    if "CUDACXX" not in os.environ and shutil.which("nvcc") is None and beside is not None:
+        options.append(f"-DCMAKE_CUDA_COMPILER={beside}")
+    archs = os.environ.get("MTL_KERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
+    if archs:
+        if archs != "native" and not all(arch.isdigit() for arch in archs.split(";")):
+            raise SystemExit(f"expected MTL_KERNELS_CUDA_ARCHS such as '80;90;100' or 'native', found {archs!r}")
+        options.append(f"-DMTL_CUDA_ARCHS={archs}")
+    return options
+
+
 def tool(name: str) -> str:
     """A build tool from the environment that runs this build, else from PATH."""
     beside = shutil.which(name, path=str(Path(sys.executable).parent))
@@ -46,6 +67,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         if (reason := missing_toolchain()) is not None:
+            if os.environ.get("MTL_KERNELS_CUDA") == "1":
+                raise SystemExit(f"MTL_KERNELS_CUDA=1, but nothing can be compiled: {reason}")
             print(f"mtl-kernels: building without compiled kernels: {reason}", file=sys.stderr)
             # Nor with those of an earlier build, which would not be asked for.
             for extension in self.extensions:
@@ -65,20 +88,34 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *cuda_options(),
         ]  # fmt: skip
+        built = {e.name: build / self.get_ext_filename(e.name.rpartition(".")[2]) for e in self.extensions}
+        for module in built.values():
+            module.unlink(missing_ok=True)  # it may be of an earlier build with other options
         subprocess.run(configure, check=True)
         subprocess.run([tool("cmake"), "--build", str(build)], check=True)
-        for extension in self.extensions:
+        for extension in list(self.extensions):
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
-            built = build / self.get_ext_filename(extension.name.rpartition(".")[2])
+            if extension.optional and not built[extension.name].exists():
+                print(f"mtl-kernels: building without {extension.name}", file=sys.stderr)
+                target.unlink(missing_ok=True)
+                self.extensions.remove(extension)
+                continue
             target.parent.mkdir(parents=True, exist_ok=True)
             # Replaced, not overwritten: a running process may have the old file mapped.
             beside = target.with_suffix(".new")
-            shutil.copyfile(built, beside)
+            shutil.copyfile(built[extension.name], beside)
             os.replace(beside, target)
 
     def get_outputs(self) -> list[str]:
         return [self.get_ext_fullpath(extension.name) for extension in self.extensions]
 
 
-setup(ext_modules=[Extension("mtl_kernels._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[
+        Extension("mtl_kernels._cpu", sources=[]),
+        Extension("mtl_kernels._cuda", sources=[], optional=True),
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)

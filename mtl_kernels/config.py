@@ -7,7 +7,7 @@ import platform
 import torch
 
 from . import dispatch
-from .backends import cpu
+from .backends import cpu, cuda
 from .version import __version__
 
 
@@ -19,6 +19,7 @@ def config() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "instruction set": cpu.instruction_set() or "none (no compiled CPU backend)",
+        "CUDA architectures": cuda.architectures() or "none (no compiled CUDA backend)",
         "threads": str(torch.get_num_threads()),
     }
     for name, reason in dispatch.available_backends().items():

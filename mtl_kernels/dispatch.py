@@ -17,7 +17,7 @@ from .backends import BACKENDS, Backend
 ENVIRONMENT_VARIABLE = "MTL_KERNELS_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("mtl_kernels_backend", default=None)
-_resolved: dict[tuple[str, str], Backend] = {}
+_resolved: dict[tuple[torch.device, str], Backend] = {}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -59,7 +59,7 @@ def resolve(device: torch.device, backend: str | None) -> Backend:
     name = backend
     if name is None:
         name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    key = (device.type, name)
+    key = (device, name)
     found = _resolved.get(key)
     if found is None:
         found = _resolved[key] = _choose(device, name)
@@ -68,13 +68,14 @@ def resolve(device: torch.device, backend: str | None) -> Backend:
 
 def _choose(device: torch.device, name: str) -> Backend:
     if check_name(name) == "auto":
-        return next(b for b in BACKENDS.values() if b.missing() is None and b.runs_on(device))
+        usable = (b for b in BACKENDS.values() if b.missing() is None and b.refusal(device) is None)
+        return next(backend for backend in usable if backend.automatic_on(device))
     backend = BACKENDS[name]
     if (reason := backend.missing()) is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
-    if not backend.runs_on(device):
+    if (reason := backend.refusal(device)) is not None:
         raise RuntimeError(
-            f"backend {name!r} does not run on {device.type} tensors; move them, or choose another backend "
+            f"backend {name!r} cannot take {device.type} tensors: {reason}; or choose another backend "
             "(reference runs everywhere)"
         )
     return backend

@@ -318,18 +318,25 @@ def _int_list(groups: Sequence[int] | None) -> list[int] | None:
 
 def _gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
     group_list, num_groups = checks.check_groups(groups, table.num_params)
-    out = torch.zeros((num_groups, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device)
-    dispatch.resolve(table.device, backend).gram_into(table, group_list, out)
+    chosen = dispatch.resolve(table.device, backend)
+    out = _new_gram(chosen, (num_groups, table.num_tasks, table.num_tasks), table.device)
+    chosen.gram_into(table, group_list, out)
     return out[0] if groups is None else out
+
+
+def _new_gram(backend: Backend, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Room for Gram matrices; fused backends write every element, the others want zeros."""
+    new = torch.empty if backend.fused else torch.zeros
+    return new(shape, dtype=torch.float64, device=device)
 
 
 def _statistics(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     group_list, num_groups = checks.check_groups(groups, table.num_params)
     shape = (num_groups, table.num_tasks, table.num_tasks)
-    out = torch.zeros(shape, dtype=torch.float64, device=table.device)
     chosen = dispatch.resolve(table.device, backend)
+    out = _new_gram(chosen, shape, table.device)
     if is_fused(chosen):
-        found = (out, out.new_zeros(shape[:2]), out.new_zeros(shape))
+        found = (out, out.new_empty(shape[:2]), torch.empty_like(out))
         chosen.statistics_into(table, group_list, *found)
     else:
         chosen.gram_into(table, group_list, out)
@@ -350,9 +357,9 @@ def _gram_solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     group_list, num_groups = checks.check_groups(groups, table.num_params)
     lead = () if groups is None else (num_groups,)
-    gram = torch.zeros((*lead, table.num_tasks, table.num_tasks), dtype=torch.float64, device=table.device)
-    active, state, inputs = _solver_arguments(gram, active, rng, inputs)
     chosen = dispatch.resolve(table.device, backend)
+    gram = _new_gram(chosen, (*lead, table.num_tasks, table.num_tasks), table.device)
+    active, state, inputs = _solver_arguments(gram, active, rng, inputs)
     batch = gram if groups is not None else gram.unsqueeze(0)
     if is_fused(chosen) and (rng is None or state is rng):
         weights, certificate = chosen.gram_solve_into(

@@ -28,12 +28,12 @@ print(mtl_optim.PCGrad()(torch.eye(2)).tolist())
 
 
 def run_build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Builds a wheel of the tree's copy into ``tmp_path``."""
+    """Builds a wheel of the tree's copy into ``tmp_path``; without the CUDA module, which takes minutes."""
     command = [sys.executable, "-m", "pip", "wheel", ".", "--verbose", "--no-build-isolation", "--no-deps"]
     return subprocess.run(
         [*command, "--wheel-dir", str(tmp_path)],
         cwd=tmp_path / "tree",
-        env={**os.environ, **environment},
+        env={**os.environ, "MTL_KERNELS_CUDA": "0", **environment},
         capture_output=True,
         text=True,
     )
@@ -99,3 +99,32 @@ def test_a_build_that_fails_fails_the_install(tmp_path: Path, tree: Path) -> Non
     result = run_build(tmp_path)
     assert result.returncode != 0 and not list(tmp_path.glob("*.whl"))
     assert "error" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"MTL_KERNELS_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "/nowhere/nvcc"),
+        ({"MTL_KERNELS_CUDA": "1", "CXX": "a-compiler-that-is-not-there"}, "but nothing can be compiled"),
+        ({"MTL_KERNELS_CUDA": "yes"}, "expected MTL_KERNELS_CUDA as 0 or 1, found 'yes'"),
+        ({"MTL_KERNELS_CUDA_ARCHS": "sm_90"}, "expected MTL_KERNELS_CUDA_ARCHS such as '80;90;100' or 'native'"),
+    ],
+)
+def test_what_cannot_be_built_is_said(tmp_path: Path, environment: dict[str, str], message: str) -> None:
+    result = run_build(tmp_path, **environment)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
+def test_the_cuda_module_loads_without_a_driver() -> None:
+    if importlib.util.find_spec("mtl_kernels._cuda") is None:
+        pytest.skip("mtl_kernels._cuda was not built: there was no nvcc")
+    said = subprocess.run(
+        [sys.executable, "-c", "import mtl_kernels._cuda as m; print(m.architectures, m.missing())"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert any(reason in said for reason in ("no NVIDIA driver was found", "no CUDA device was found"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,11 +15,17 @@ class Backend(Protocol):
     """What an implementation offers; tensors arrive validated, outputs allocated by the caller."""
 
     name: str
+    fused: bool
+    """Whether it is a `FusedBackend`."""
 
     def missing(self) -> str | None:
         """None if usable, else what is missing and how to get it."""
 
-    def runs_on(self, device: torch.device) -> bool: ...
+    def refusal(self, device: torch.device) -> str | None:
+        """None if it takes tensors of the device, else why not and what would; asked where nothing is missing."""
+
+    def automatic_on(self, device: torch.device) -> bool:
+        """Whether the automatic choice may pick it there; asked where it refuses nothing."""
 
     def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
         """Writes the Gram matrix of each group to ``out``, zeroed float64 ``[S, K, K]``."""
@@ -45,8 +51,49 @@ class Backend(Protocol):
         """
 
 
-from .cpu import CpuBackend  # noqa: E402  (needs Backend's module to exist)
-from .reference import ReferenceBackend  # noqa: E402
+class FusedBackend(Backend, Protocol):
+    """A backend that does in one launch what others do in several."""
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+    def statistics_into(
+        self, table: RowTable, groups: Sequence[int], gram: Tensor, norms: Tensor, cosines: Tensor
+    ) -> None:
+        """Writes Gram ``[S, K, K]``, norms ``[S, K]`` and cosines ``[S, K, K]`` of each group."""
+
+    def gram_solve_into(
+        self,
+        table: RowTable,
+        groups: Sequence[int],
+        gram: Tensor,
+        solver: str,
+        active: Tensor | None,
+        rng: Tensor | None,
+        advance_rng: bool,
+        options: Sequence[float],
+        inputs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Writes ``gram`` ``[S, K, K]`` and solves it: weights ``[S, K]``, certificate ``[S, 2]``, float64."""
+
+    def combine_into(
+        self,
+        table: RowTable,
+        weights: Tensor,
+        groups: Sequence[int],
+        out: Sequence[Tensor | None],
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        """As `Backend.combine_into`, with the epilogues of `mtl_kernels.combine`; ``scale`` is float64 ``[1]``."""
+
+
+def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:
+    return backend.fused
+
+
+from .cpu import CpuBackend  # noqa: E402  (needs Backend's module to exist)
+from .cuda import CudaBackend  # noqa: E402
+from .reference import ReferenceBackend  # noqa: E402
+from .triton import TritonBackend  # noqa: E402
+
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())}
 """In the order in which the automatic choice tries them."""

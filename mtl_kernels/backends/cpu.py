@@ -34,8 +34,11 @@ class CpuBackend:
     def missing(self) -> str | None:
         return _reason
 
-    def runs_on(self, device: torch.device) -> bool:
-        return device.type == "cpu"
+    def refusal(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "it runs on cpu tensors"
+
+    def automatic_on(self, device: torch.device) -> bool:
+        return True
 
     def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
         _cpu.gram(

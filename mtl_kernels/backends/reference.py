@@ -53,8 +53,20 @@ def combine_into(
         flat = _flat(target)
         for begin in range(0, flat.numel(), BLOCK):
             end = begin + BLOCK
-            total = sum(weight * row[begin:end].double() for weight, row in column)
-            flat[begin:end] = total + flat[begin:end].double() if accumulate else total  # type: ignore[assignment]
+            total = torch.zeros(flat[begin:end].shape, dtype=torch.float64, device=flat.device)
+            for weight, row in column:
+                total += weight * row[begin:end].double()
+            if accumulate:
+                total += flat[begin:end].double()
+            flat[begin:end] = total if target.dtype.itemsize > 2 else _to_odd_float(total)
+
+
+def _to_odd_float(x: Tensor) -> Tensor:
+    """float64 as float32 whose last bit is set where anything was cut off: rounding that to 16 bits rounds once."""
+    nearest = x.float()
+    inexact = (nearest.double() != x) & x.isfinite()
+    bits = nearest.view(torch.int32) - (nearest.double().abs() > x.abs()).int()
+    return torch.where(inexact, bits | 1, nearest.view(torch.int32)).view(torch.float32)
 
 
 def _flat(tensor: Tensor | None) -> Tensor:
@@ -102,5 +114,8 @@ class ReferenceBackend:
     def missing(self) -> str | None:
         return None
 
-    def runs_on(self, device: torch.device) -> bool:
+    def refusal(self, device: torch.device) -> str | None:
+        return None
+
+    def automatic_on(self, device: torch.device) -> bool:
         return True

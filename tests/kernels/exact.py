@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
+from placement import on_host
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -15,6 +16,7 @@ EPSILON = torch.finfo(torch.float64).eps
 Table = list[list[Tensor | None]]
 
 
+@on_host
 def make_rows(
     num_tasks: int,
     shapes: Sequence[tuple[int, ...]],
@@ -48,6 +50,7 @@ def _product(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return product, ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
 
 
+@on_host
 def exact_gram(rows: Table, params: Sequence[int] | None = None) -> Tensor:
     """The Gram matrix over some parameters, each entry rounded once: float64 [K, K]."""
     num_tasks = len(rows)
@@ -67,6 +70,7 @@ def exact_gram(rows: Table, params: Sequence[int] | None = None) -> Tensor:
     return result
 
 
+@on_host
 def torch_gram(rows: Table) -> Tensor:
     """The same computed by torch at the dtype of the rows, parameter by parameter."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
@@ -76,6 +80,7 @@ def torch_gram(rows: Table) -> Tensor:
     return total
 
 
+@on_host
 def exact_combine(rows: Table, weights: Tensor) -> list[Tensor | None]:
     """sum_k w_k g_k in pairs of float64 numbers (Knuth's two-sum); weights [K] or one [K] per parameter."""
     results: list[Tensor | None] = []
@@ -95,6 +100,7 @@ def exact_combine(rows: Table, weights: Tensor) -> list[Tensor | None]:
     return results
 
 
+@on_host
 def torch_combine(rows: Table, weights: Tensor) -> list[Tensor | None]:
     """The same computed by torch at the dtype of the rows."""
     results: list[Tensor | None] = []
@@ -117,6 +123,7 @@ def _matrices(rows: Table) -> list[Tensor | None]:
     return matrices
 
 
+@on_host
 def check_gram(found: Tensor, rows: Table) -> None:
     """At most twice torch's error at the row dtype plus a floor ~ sqrt(N), relative to the rows' lengths."""
     exact, by_torch = exact_gram(rows), torch_gram(rows)
@@ -132,6 +139,7 @@ def check_gram(found: Tensor, rows: Table) -> None:
         assert ours <= 1e-7 * len(rows)
 
 
+@on_host
 def check_combine(found: Sequence[Tensor | None], rows: Table, weights: Tensor) -> None:
     """At most twice torch's error, and half a unit in the last place but for the rounding of float64 sums."""
     exact, by_torch = exact_combine(rows, weights), torch_combine(rows, weights)

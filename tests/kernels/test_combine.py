@@ -1,14 +1,13 @@
 import math
-import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from exact import DTYPES, Table, check_combine, dense, exact_combine, make_rows, tables
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from placement import free_bytes, on_host, zero_pages
 from torch import Tensor
 
 import mtl_kernels as mk
@@ -25,6 +24,7 @@ SIZES = [
 ]
 
 
+@on_host
 def weights_for(num_tasks: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 100 * num_tasks)
     return torch.randn(num_tasks, generator=generator, dtype=torch.float64)
@@ -102,6 +102,7 @@ def test_any_stride_and_alignment_of_dense_rows(implementation: str, dtype: torc
         check_combine([found], [[row.clone()] for row in matrix], weights)
 
 
+@pytest.mark.usefixtures("cpu_only")
 def test_addresses_that_no_element_size_divides() -> None:
     """In a process of its own: a store that needs alignment ends the process."""
     code = """
@@ -152,13 +153,18 @@ def test_weight_one_copies_every_bit(implementation: str) -> None:
         )
 
 
+@on_host
+def values_of_every_size(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(count, generator=generator) * torch.exp(8 * torch.randn(count, generator=generator))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_rounds_to_nearest_even_and_overflows_to_infinity(implementation: str, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(2)
-    values = (torch.randn(4000, generator=generator) * torch.exp(8 * torch.randn(4000, generator=generator))).to(dtype)
+    values = values_of_every_size(4000).to(dtype)
     for weight in (1.5, 1 / 3, 1 + torch.finfo(dtype).eps / 2, 2.0**-20, 2.0**20):
         found = mk.combine(values[None], torch.tensor([weight], dtype=torch.float64), backend=implementation)
-        assert torch.equal(found, (values.double() * weight).to(dtype))
+        assert torch.equal(found.cpu(), (values.cpu().double() * weight).to(dtype))
 
 
 def test_groups_choose_the_weights(implementation: str) -> None:
@@ -168,10 +174,11 @@ def test_groups_choose_the_weights(implementation: str) -> None:
     check_combine(mk.combine(rows, weights, groups=groups, backend=implementation), rows, weights[groups])
 
 
-def test_nothing_to_combine(implementation: str) -> None:
+def test_nothing_to_combine(implementation: str, device: torch.device) -> None:
     weights = torch.ones(3)
     assert mk.combine(torch.empty(3, 0), weights, backend=implementation).shape == (0,)
-    assert mk.combine([[], [], []], weights, backend=implementation) == []
+    if device.type == "cpu":
+        assert mk.combine([[], [], []], weights, backend=implementation) == []
     found = mk.combine([[None, torch.empty(0)]] * 3, weights, backend=implementation)
     assert found[0] is None and found[1].shape == (0,)
 
@@ -343,16 +350,16 @@ def test_out_may_be_a_leaf_that_requires_grad(implementation: str) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_2_to_31_elements() -> None:
-    if mk.available_backends()["cpu"] is not None:
-        pytest.skip("no compiled backend")
-    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8e9:
+def test_more_than_2_to_31_elements(backend: str, device: torch.device) -> None:
+    if (backend, device.type) not in {("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")}:
+        pytest.skip(f"backend {backend} is too slow here")
+    if free_bytes() < 8e9:
         pytest.skip("needs 8 GB of memory")
     size = (1 << 31) + 5_000
-    row = torch.from_numpy(np.zeros(size, dtype=np.int16)).view(torch.float16)
+    row = zero_pages(size, torch.float16)
     row[-3:] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)
     row[(1 << 31) - 1] = 4.0
-    mk.combine(row[None], torch.tensor([2.0]), out=row, backend="cpu")
+    mk.combine(row[None], torch.tensor([2.0]), out=row, backend=backend)
     assert row[-4:].tolist() == [0, 2, 4, 6] and row[(1 << 31) - 2 : (1 << 31) + 1].tolist() == [0, 8, 0]
     assert not row[:1000].any()
 
@@ -362,6 +369,7 @@ def allocated_bytes(prof: torch.profiler.profile) -> int:
     return sum(max(0, e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
+@pytest.mark.usefixtures("cpu_only")
 def test_rows_are_not_copied(backend: str) -> None:
     num_tasks, shapes = 4, [(1000, 300), (4, 3, 5, 5), (200_000,)]
     rows = make_rows(num_tasks, shapes, [torch.bfloat16, torch.float32], seed=15)
@@ -382,3 +390,23 @@ def test_rows_are_not_copied(backend: str) -> None:
     assert allocated_bytes(prof) >= found.nbytes, "the profiler counts"
     if backend == "cpu":
         assert allocated_bytes(prof) < found.nbytes + 4096
+
+
+def test_rows_are_not_copied_on_a_gpu(backend: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("counts the memory of a GPU")
+    rows = make_rows(4, [(1000, 300), (4, 3, 5, 5), (200_000,)], [torch.bfloat16, torch.float32], seed=15)
+    rows[0][1] = None
+    matrix, weights = torch.randn(4, 500_000)[:, 1:], weights_for(4)
+
+    def work() -> None:
+        for table, out in ((rows, rows[1]), (matrix, matrix[0])):
+            mk.gram(table, backend=backend)
+            mk.combine(table, weights, out=out, backend=backend)
+
+    work()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    if backend != "reference":
+        assert torch.cuda.max_memory_allocated() - before < 1 << 20

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from placement import rng_state
 
 import mtl_kernels as mk
 import oracles
@@ -28,7 +29,7 @@ def test_philox_known_answers(counter, key, expected):
 @pytest.mark.parametrize("step", [0, 2**32 + 5])
 def test_order_keys_give_the_pinned_order(seed, step):
     num_tasks, batch = 7, 3
-    keys = order_keys(mk.rng_state(seed, step), batch, num_tasks)
+    keys = order_keys(rng_state(seed, step), batch, num_tasks)
     for problem in range(batch):
         for task in range(num_tasks):
             order = [j for j in keys[problem, task].argsort().tolist() if j != task]
@@ -36,7 +37,7 @@ def test_order_keys_give_the_pinned_order(seed, step):
 
 
 def test_order_keys_are_distinct_and_uniform():
-    keys = order_keys(mk.rng_state(3), 200, 128)
+    keys = order_keys(rng_state(3), 200, 128)
     assert keys.sort(dim=-1).values.diff(dim=-1).min() > 0
     first = keys.argmin(dim=-1).flatten()
     counts = first.bincount(minlength=128).double()

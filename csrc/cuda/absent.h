@@ -1,0 +1,67 @@
+#pragma once
+
+// Absent rows beside rows that are not finite. The kernels read an absent row as zeros, and zero times infinity is
+// not zero; but what does not exist adds nothing, whatever the others hold.
+
+#include <cfloat>
+
+#include "block_team.h"
+#include "elements.h"
+#include "gram_args.h"
+#include "walk.h"
+
+namespace mtl::cuda {
+
+// Whether some row is absent from some span of the slice.
+__device__ inline bool has_absent_rows(const GramArgs& args, const Slice& slice) {
+  bool absent = false;
+  for (std::int64_t s = 0; s < slice.num_spans; ++s) {
+    const std::int64_t param = args.spans[slice.first_span + s].param;
+    for (int k = static_cast<int>(threadIdx.x); k < args.num_tasks; k += static_cast<int>(blockDim.x))
+      absent = absent || args.pointers[k * args.num_params + param] == 0;
+  }
+  return __syncthreads_or(absent) != 0;
+}
+
+// The sum of one pair over the slice, without what one of the two rows lacks.
+template <class T>
+__device__ __noinline__ double pair_sum(const GramArgs& args, const Slice& slice, int i, int j) {
+  double sum = 0.0;
+  Walk walk(args.spans + slice.first_span, static_cast<int>(slice.num_spans), -1);
+  for (std::int64_t tile = slice.first_tile; tile < slice.num_tiles; tile += slice.stride) {
+    walk.seek(tile);
+    const Span& span = walk.span();
+    const std::uintptr_t a = args.pointers[i * args.num_params + span.param];
+    const std::uintptr_t b = args.pointers[j * args.num_params + span.param];
+    if (a == 0 || b == 0) continue;
+    const std::int64_t begin = (tile - span.first_tile) * args.tile_columns;
+    const std::int64_t left = span.columns - begin;
+    const std::int64_t end = begin + (left < args.tile_columns ? left : args.tile_columns);
+    for (std::int64_t column = begin + threadIdx.x; column < end; column += blockDim.x)
+      sum += to_double(*element_at<T>(a, column)) * to_double(*element_at<T>(b, column));
+  }
+  return BlockTeam{}.sum(sum);
+}
+
+// Takes the pairs of a slice again whose sums are not finite, if an absent row may be why: rare, so slow is fine.
+// All threads of the block, after they have written `sums`.
+template <class T>
+__device__ __noinline__ void mend_absent_rows(const GramArgs& args, const Slice& slice, double* sums) {
+  bool bad = false;
+  for (int pair = static_cast<int>(threadIdx.x); pair < num_pairs(args.num_tasks); pair += static_cast<int>(blockDim.x))
+    bad = bad || !(fabs(sums[pair]) <= DBL_MAX);
+  if (__syncthreads_or(bad) == 0 || !has_absent_rows(args, slice)) return;
+  for (int i = 0; i < args.num_tasks; ++i) {
+    for (int j = 0; j <= i; ++j) {
+      double* place = sums + num_pairs(i) + j;
+      const bool finite = fabs(*place) <= DBL_MAX;
+      __syncthreads();
+      if (finite) continue;
+      const double total = pair_sum<T>(args, slice, i, j);
+      if (threadIdx.x == 0) *place = total;
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace mtl::cuda

@@ -1,0 +1,62 @@
+#include "combine.h"
+
+#include <algorithm>
+
+#include "combine_kernels.h"
+#include "occupancy.h"
+
+namespace mtl::cuda {
+namespace {
+
+constexpr int kNumDTypes = 4;
+
+CombineKernel kernel_of(int kind) {
+  return combine_kernel(static_cast<DType>(kind / kNumDTypes), static_cast<DType>(kind % kNumDTypes));
+}
+
+}  // namespace
+
+CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const std::vector<int>& outputs)
+    : device_(device), num_tasks_(rows.num_tasks), num_params_(rows.num_params) {
+  const DeviceGuard guard(device);
+  std::vector<Item> items;
+  for (std::int64_t p = 0; p < rows.num_params; ++p) {
+    if (outputs[p] < 0 || rows.numels[p] == 0) continue;
+    items.push_back({p, rows.numels[p], rows.groups[p], static_cast<int>(rows.dtypes[p]) * kNumDTypes + outputs[p]});
+  }
+  std::vector<Shape> shapes(kNumDTypes * kNumDTypes, Shape{1, 1, 1});
+  for (const Item& item : items) {
+    const CombineKernel kernel = kernel_of(item.kind);
+    if (shapes[item.kind].step_columns != kernel.step_columns)
+      shapes[item.kind] = {kernel.step_columns, kernel.max_steps, wave(kernel.run, device, kernel.threads, 0)};
+  }
+  if (!items.empty()) plan_ = make_plan(std::move(items), num_groups, shapes);
+  for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));
+  spans_at_ = words_.append(plan_.spans);
+  slices_at_ = words_.append(plan_.slices);
+}
+
+void CombineCall::run(cudaStream_t stream) const {
+  const DeviceGuard guard(plan.device_);
+  CombineArgs args{};
+  args.num_tasks = plan.num_tasks_;
+  args.num_params = plan.num_params_;
+  args.pointers = pointers;
+  args.outputs = outputs;
+  args.spans = table_at<Span>(words, plan.spans_at_);
+  args.slices = table_at<Slice>(words, plan.slices_at_);
+  args.weights = weights;
+  args.scale = scale;
+  args.found_inf = found_inf;
+  args.accumulate = accumulate;
+  for (std::size_t n = 0; n < plan.plan_.parts.size(); ++n) {
+    const Part& part = plan.plan_.parts[n];
+    const CombineKernel kernel = kernel_of(part.kind);
+    args.first_slice = part.first_slice;
+    args.num_slices = part.num_slices;
+    args.tile_columns = part.tile_columns;
+    launch(kernel.run, {static_cast<int>(plan.blocks_[n]), kernel.threads, 0, stream}, args, "combine");
+  }
+}
+
+}  // namespace mtl::cuda

@@ -1,0 +1,113 @@
+#pragma once
+
+// Elements of the four row dtypes: 16 bytes of a row as words, one of its elements as a number, and a double
+// rounded once to an element.
+
+#include <type_traits>
+
+#include "device.h"
+#include "mtl_kernels/rows.h"
+#include "ptx.h"
+
+namespace mtl::cuda {
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+template <class T>
+constexpr bool kIsHalf = std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>;
+
+__device__ __forceinline__ double to_double(double x) { return x; }
+__device__ __forceinline__ double to_double(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Float16 x) { return half_to_float(x.bits); }
+__device__ __forceinline__ double to_double(BFloat16 x) { return to_float(x); }
+__device__ __forceinline__ double to_double(Float16 x) { return to_float(x); }
+
+// x rounded to a float whose last bit is sticky: a second rounding, to at most 22 bits, then gives what
+// rounding x itself would have given.
+__device__ __forceinline__ float round_to_odd(double x) {
+  const float toward_zero = __double2float_rz(x);
+  const bool exact = static_cast<double>(toward_zero) == x || x != x;
+  return exact ? toward_zero : __uint_as_float(__float_as_uint(toward_zero) | 1u);
+}
+
+template <class T>
+__device__ __forceinline__ T from_double(double x);
+template <>
+__device__ __forceinline__ double from_double<double>(double x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float from_double<float>(double x) {
+  return static_cast<float>(x);
+}
+template <>
+__device__ __forceinline__ Float16 from_double<Float16>(double x) {
+  return {float_to_half(round_to_odd(x))};
+}
+template <>
+__device__ __forceinline__ BFloat16 from_double<BFloat16>(double x) {
+  const unsigned bits = __float_as_uint(round_to_odd(x));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// 16 bytes of a row, the widest access of a thread. As words, so that two 16-bit elements share a register.
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int kElements = 16 / sizeof(T);
+
+  unsigned words[4];
+
+  __device__ __forceinline__ float number(int i) const {
+    static_assert(sizeof(T) <= 4, "double has no float");
+    if constexpr (sizeof(T) == 4) {
+      return __uint_as_float(words[i]);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+    } else {
+      return half_to_float(static_cast<std::uint16_t>(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16));
+    }
+  }
+  __device__ __forceinline__ double exact(int i) const {
+    if constexpr (sizeof(T) == 8) {
+      return join_double(words[2 * i], words[2 * i + 1]);
+    } else {
+      return number(i);
+    }
+  }
+};
+
+// A row as the kernels see it: an address, 0 where the task does not reach the parameter.
+template <class T>
+__device__ __forceinline__ const T* element_at(std::uintptr_t row, std::int64_t column) {
+  return reinterpret_cast<const T*>(row) + column;
+}
+
+// 16 bytes at an address that is a multiple of 16; zeros where there is no row.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(std::uintptr_t row, std::int64_t column) {
+  if (row == 0) return {{0, 0, 0, 0}};
+  return *reinterpret_cast<const Vector<T>*>(element_at<T>(row, column));
+}
+
+template <class T>
+__device__ __forceinline__ double load_element(std::uintptr_t row, std::int64_t column) {
+  return row == 0 ? 0.0 : to_double(*element_at<T>(row, column));
+}
+
+// Whether squares of elements fit a float, given the bits of a row's words or-ed together: the row is zero, or
+// one of its elements is at least 2^-63 (an exponent of 64 or more shows in one of two bits). What is too large
+// shows in the sums. float16 always fits.
+template <class T>
+__device__ __forceinline__ bool in_float_range(unsigned bits) {
+  if constexpr (std::is_same_v<T, Float16>) return true;
+  return (bits & 0x7fff7fffu) == 0 || (bits & 0x60006000u) != 0;
+}
+
+}  // namespace mtl::cuda

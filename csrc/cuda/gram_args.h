@@ -1,0 +1,39 @@
+#pragma once
+
+#include "device.h"
+#include "solver_call.h"
+#include "tables.h"
+
+namespace mtl::cuda {
+
+// One launch of a gram kernel: the slices [first_slice, first_slice + num_slices), all of one dtype.
+struct GramArgs {
+  int num_tasks;
+  std::int64_t num_params;
+  const std::uintptr_t* pointers;  // [K, P], 0 = the task does not reach the parameter
+  const Span* spans;
+  const Slice* slices;
+  const Pod* pods;
+  const GroupPods* groups;
+  std::int64_t num_groups;
+  std::int64_t first_slice;
+  std::int64_t num_slices;
+  std::int64_t tile_columns;
+  double* slice_sums;      // [slices][pairs], pair (i, j <= i) at i (i + 1) / 2 + j
+  double* pod_sums;        // [pods][pairs]
+  unsigned* pod_arrivals;  // [pods], zero before and after every launch
+  unsigned* group_arrivals;
+  unsigned* arrivals;  // of groups
+  double* gram;        // [groups][K][K]
+  double* norms;       // [groups][K], or nullptr with cosines
+  double* cosines;     // [groups][K][K]
+  SolverCall solver;   // its gram is the one above
+};
+
+// 16-bit rows of a group with fewer columns are summed in double throughout: too few sums in float for their
+// rounding errors to cancel, and nothing to gain.
+constexpr std::int64_t kFloatColumns = 1 << 15;
+
+__device__ __host__ constexpr int num_pairs(int num_tasks) { return num_tasks * (num_tasks + 1) / 2; }
+
+}  // namespace mtl::cuda

@@ -1,0 +1,46 @@
+#pragma once
+
+// The solver headers with a block as their team.
+
+#include "block_team.h"
+#include "device.h"
+#include "mtl_kernels/solver.h"
+#include "mtl_kernels/solvers/all.h"
+#include "solver_call.h"
+
+namespace mtl::cuda {
+
+namespace detail {
+
+template <class Solver>
+__device__ void solve_one(const Problem& problem) {
+  Solver::solve(BlockTeam{}, problem);
+}
+
+template <class... Solvers>
+__device__ void solve_switch(int solver, const Problem& problem, SolverList<Solvers...>) {
+  int position = 0;
+  ((solver == position++ ? solve_one<Solvers>(problem) : void()), ...);
+}
+
+}  // namespace detail
+
+// Solves problem `index` with all threads of the block.
+__device__ inline void solve_problem(const SolverCall& call, std::int64_t index) {
+  Problem problem{};
+  problem.num_tasks = call.num_tasks;
+  problem.gram = call.gram + index * call.num_tasks * call.num_tasks;
+  problem.active = call.active == nullptr ? nullptr : call.active + index * call.active_stride;
+  problem.rng = call.rng;
+  problem.index = index;
+  problem.options = call.options;
+  problem.inputs = call.inputs == nullptr ? nullptr : call.inputs + index * call.inputs_stride;
+  problem.weights = call.weights + index * call.num_tasks;
+  problem.certificate = call.certificate + index * 2;
+  problem.scratch = call.scratch == nullptr
+                        ? reinterpret_cast<double*>(dynamic_shared())
+                        : call.scratch + static_cast<std::int64_t>(blockIdx.x) * call.scratch_doubles;
+  detail::solve_switch(call.solver, problem, AllSolvers{});
+}
+
+}  // namespace mtl::cuda

@@ -1,0 +1,19 @@
+// One block a problem: the solver headers, compiled for the device as they are.
+#include "run_solver.h"
+#include "solve_kernel.h"
+
+namespace mtl::cuda {
+namespace {
+
+__global__ void __launch_bounds__(kSolveMaxThreads) solve_batch(const __grid_constant__ SolveArgs args) {
+  for (std::int64_t index = blockIdx.x; index < args.batch; index += gridDim.x) {
+    solve_problem(args.call, index);
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+void (*solve_kernel())(SolveArgs) { return solve_batch; }
+
+}  // namespace mtl::cuda

@@ -1,0 +1,327 @@
+"""The compiled CUDA kernels: gram with the solver behind it in one launch, combine with its epilogues in another.
+
+What a launch needs besides the rows is kept per device and stream: the plan of a set of sizes, the table of addresses
+(copied to the device only when one changed), and the workspace. A CUDA graph may be replayed beside other work, so
+while one is captured a launch gets memory of its own, filled at once instead of by the graph: a replay is the kernels
+alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..rows import DTYPE_CODES, RowTable
+
+_cuda: Any = None
+_reason: str | None = None
+try:
+    _cuda = importlib.import_module("mtl_kernels._cuda")
+except ModuleNotFoundError:
+    _reason = (
+        "the extension module mtl_kernels._cuda was not built; install the CUDA toolkit (nvcc 12 or newer) and "
+        "reinstall mtl-kernels from source with MTL_KERNELS_CUDA=1"
+    )
+except ImportError as error:
+    _reason = f"the extension module mtl_kernels._cuda does not load ({error}); reinstall mtl-kernels"
+
+_KEPT = 64
+"""Plans and address tables kept per stream."""
+
+T = TypeVar("T")
+
+
+class _Cache(OrderedDict[Hashable, Any]):
+    """The last `_KEPT` values that were asked for."""
+
+    def find(self, key: Hashable, make: Callable[[], T]) -> T:
+        if key in self:
+            self.move_to_end(key)
+        else:
+            self[key] = make()
+            if len(self) > _KEPT:
+                self.popitem(last=False)
+        found: T = self[key]
+        return found
+
+
+class _Stream:
+    """What is kept for launches on one stream of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._plans = _Cache()
+        self._tables = _Cache()
+        self._workspace: dict[torch.dtype, Tensor] = {}
+
+    def upload(self, values: Tensor) -> Any:
+        """A copy on the device, without waiting for it. Torch keeps pinned memory until it was read."""
+        return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
+
+    def addresses(self, pointers: Sequence[int]) -> int:
+        """The address of these addresses on the device."""
+        key = tuple(pointers)
+        return _address(self._tables.find(key, lambda: self.upload(torch.tensor(key, dtype=torch.int64))))
+
+    def plan(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, int]:
+        """A plan, and the address of its words on the device."""
+
+        def both() -> tuple[Any, Any]:
+            made = make()
+            words = torch.frombuffer(bytearray(made.words), dtype=torch.int64) if made.words else torch.empty(0)
+            return made, self.upload(words)
+
+        made, words = self._plans.find(key, both)
+        return made, _address(words)
+
+    def doubles(self, size: int) -> Tensor:
+        """float64 workspace of at least ``size``; what is in it means nothing."""
+        return self._workspace_of(size, torch.float64)
+
+    def counters(self, size: int) -> int:
+        """The address of int32 zeros, at least ``size``; every launch leaves them zero."""
+        return _address(self._workspace_of(size, torch.int32))
+
+    def _workspace_of(self, size: int, dtype: torch.dtype) -> Tensor:
+        found = self._workspace.get(dtype)
+        if found is None or found.numel() < size:
+            found = self._workspace[dtype] = torch.zeros(max(size, 1), dtype=dtype, device=self.device)
+        return found
+
+
+class _Capture(_Stream):
+    """The same for one launch that goes into a CUDA graph."""
+
+    def __init__(self, device: torch.device, copy: Callable[[int, int, int], Any], kept: list[Any]) -> None:
+        super().__init__(device)
+        self._copy, self._kept = copy, kept
+
+    def upload(self, values: Tensor) -> Any:
+        self._kept.append(self._copy(self.device.index, values.data_ptr(), values.numel() * values.itemsize))
+        return self._kept[-1]
+
+    def doubles(self, size: int) -> Tensor:
+        return torch.empty(max(size, 1), dtype=torch.float64, device=self.device)
+
+    def counters(self, size: int) -> int:
+        return _address(self.upload(torch.zeros(size, dtype=torch.int32)))
+
+
+def _address(memory: Any) -> int:
+    """Of a tensor or of a copy made by the module; 0 for None."""
+    if memory is None:
+        return 0
+    return memory.data_ptr() if isinstance(memory, Tensor) else int(memory.address)
+
+
+class CudaBackend:
+    """The kernels of ``csrc/cuda``.
+
+    Args:
+        module: the extension module, or the same sources compiled for the host.
+        device_type: of the tensors whose memory it works on.
+    """
+
+    fused = True
+
+    def __init__(self, name: str = "cuda", module: Any = None, device_type: str = "cuda") -> None:
+        self.name = name
+        self._module = _cuda if module is None else module
+        self._device_type = device_type
+        self._missing: str | None = None
+        self._asked = False
+        self._unsupported: dict[int, str | None] = {}
+        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._captured: list[Any] = []
+        """What captured launches read, about K * P addresses each; no one says when their graph is gone."""
+
+    def missing(self) -> str | None:
+        if self._module is None:
+            return _reason
+        if not self._asked:
+            self._missing, self._asked = self._module.missing(), True
+        return self._missing
+
+    def refusal(self, device: torch.device) -> str | None:
+        if device.type != self._device_type:
+            return f"it runs on {self._device_type} tensors"
+        index = self._index(device)
+        if index not in self._unsupported:
+            self._unsupported[index] = self._module.unsupported(index)
+        return self._unsupported[index]
+
+    def automatic_on(self, device: torch.device) -> bool:
+        return True
+
+    def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
+        self._gram(table, groups, out)
+
+    def statistics_into(
+        self, table: RowTable, groups: Sequence[int], gram: Tensor, norms: Tensor, cosines: Tensor
+    ) -> None:
+        self._gram(table, groups, gram, norms, cosines)
+
+    def gram_solve_into(
+        self,
+        table: RowTable,
+        groups: Sequence[int],
+        gram: Tensor,
+        solver: str,
+        active: Tensor | None,
+        rng: Tensor | None,
+        advance_rng: bool,
+        options: Sequence[float],
+        inputs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        weights = gram.new_empty(gram.shape[:-1])
+        certificate = gram.new_empty((gram.shape[0], 2))
+        arguments = self._solver(solver, gram, active, rng, advance_rng, options, inputs, weights, certificate)
+        self._gram(table, groups, gram, solver=arguments)
+        return weights, certificate
+
+    def combine_into(
+        self,
+        table: RowTable,
+        weights: Tensor,
+        groups: Sequence[int],
+        out: Sequence[Tensor | None],
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        stream, handle = self._stream(table.device)
+        outputs = [-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out]
+        sizes = (table.num_tasks, table.numels, table.codes, groups, weights.shape[0], outputs)
+        index = self._index(table.device)
+        plan, words = stream.plan(_key("combine", *sizes), lambda: self._module.CombinePlan(index, *sizes))
+        targets = [_address(tensor) for tensor in out]
+        self._module.combine(
+            plan,
+            stream.addresses(table.pointers),
+            stream.addresses(targets),
+            words,
+            weights.data_ptr(),
+            _address(scale),
+            _address(found_inf),
+            accumulate,
+            handle,
+        )
+
+    def solve(
+        self,
+        solver: str,
+        gram: Tensor,
+        active: Tensor | None,
+        rng: Tensor | None,
+        options: Sequence[float],
+        inputs: Tensor | None,
+        certified: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        stream, handle = self._stream(gram.device)
+        weights = gram.new_empty(gram.shape[:-1])
+        certificate = gram.new_empty((*gram.shape[:-2], 2))
+        arguments = self._solver(solver, gram, active, rng, False, options, inputs, weights, certificate)
+        batch, index = math.prod(gram.shape[:-2]), self._index(gram.device)
+        needed = self._module.solve_scratch(index, arguments, batch)
+        scratch = stream.doubles(needed) if needed else None
+        self._module.solve(index, arguments, gram.data_ptr(), batch, _address(scratch), handle)
+        return weights, certificate
+
+    def _gram(
+        self,
+        table: RowTable,
+        groups: Sequence[int],
+        gram: Tensor,
+        norms: Tensor | None = None,
+        cosines: Tensor | None = None,
+        solver: Any = None,
+    ) -> None:
+        stream, handle = self._stream(table.device)
+        index = self._index(table.device)
+        sizes = (table.num_tasks, table.numels, table.codes, groups, gram.shape[0])
+        plan, words = stream.plan(_key("gram", *sizes), lambda: self._module.GramPlan(index, *sizes))
+        scratch_doubles = 0 if solver is None else plan.scratch_doubles(solver)
+        doubles = stream.doubles(plan.sum_doubles + scratch_doubles)
+        counters = stream.counters(plan.num_counters)
+        pointers = stream.addresses(table.pointers)
+        try:
+            self._module.gram(
+                plan,
+                pointers,
+                words,
+                doubles.data_ptr(),
+                counters,
+                gram.data_ptr(),
+                _address(norms),
+                _address(cosines),
+                solver,
+                doubles[plan.sum_doubles :].data_ptr() if scratch_doubles else 0,
+                handle,
+            )
+        except RuntimeError:
+            # Some of several launches may have counted their blocks: start from zero.
+            self._streams.pop((index, handle), None)
+            raise
+
+    def _solver(
+        self,
+        solver: str,
+        gram: Tensor,
+        active: Tensor | None,
+        rng: Tensor | None,
+        advance_rng: bool,
+        options: Sequence[float],
+        inputs: Tensor | None,
+        weights: Tensor,
+        certificate: Tensor,
+    ) -> Any:
+        num_tasks = gram.shape[-1]
+        return self._module.SolverArguments(
+            solver,
+            num_tasks,
+            _address(active),
+            0 if active is None or active.dim() == 1 else num_tasks,
+            _address(rng),
+            advance_rng,
+            options,
+            _address(inputs),
+            0 if inputs is None or inputs.dim() == 1 else num_tasks,
+            weights.data_ptr(),
+            certificate.data_ptr(),
+        )
+
+    def _index(self, device: torch.device) -> int:
+        if device.type == "cpu":
+            return 0
+        return torch.cuda.current_device() if device.index is None else device.index
+
+    def _stream(self, device: torch.device) -> tuple[_Stream, int]:
+        """What is kept for the current stream of the device, and its handle."""
+        if device.type == "cpu":
+            return self._kept(device, 0), 0
+        device = torch.device(device.type, self._index(device))
+        handle = torch._C._cuda_getCurrentRawStream(device.index)
+        if torch.cuda.is_current_stream_capturing():
+            return _Capture(device, self._module.DeviceCopy, self._captured), handle
+        return self._kept(device, handle), handle
+
+    def _kept(self, device: torch.device, handle: int) -> _Stream:
+        key = (self._index(device), handle)
+        if key not in self._streams:
+            self._streams[key] = _Stream(device)
+        return self._streams[key]
+
+
+def _key(*parts: Any) -> Hashable:
+    return tuple(tuple(part) if isinstance(part, list) else part for part in parts)
+
+
+def architectures() -> str | None:
+    """The GPU architectures the kernels were compiled for, None if they were not built."""
+    return None if _cuda is None else _cuda.architectures

@@ -1,0 +1,100 @@
+"""The Triton backend: GPUs of any maker, without a compiled extension; see `mtl_kernels.triton_kernels`.
+
+Triton is imported on first use. Solvers without a Triton form run from `reference` on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import RowTable
+from . import reference
+
+_SOLVERS = ("pcgrad", "min_norm")
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    return importlib.import_module(f"mtl_kernels.triton_kernels.{name}")
+
+
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        _kernels("common")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return (
+            "the package triton is not installed; pip install triton (it is part of the GPU builds of torch for Linux)"
+        )
+    except ImportError as error:
+        return f"the package triton does not load ({error}); reinstall it"
+    return None
+
+
+class TritonBackend:
+    """Kernels compiled on first use for the GPU at hand; on a CPU only in Triton's interpreter, for tests."""
+
+    name = "triton"
+    fused = False
+
+    def missing(self) -> str | None:
+        if (reason := _import_error()) is not None:
+            return reason
+        if _kernels("common").INTERPRETED or torch.cuda.is_available():
+            return None
+        return (
+            "torch finds no GPU; on a CPU the kernels run only in Triton's interpreter, for tests: "
+            "set TRITON_INTERPRET=1 before triton is imported"
+        )
+
+    def refusal(self, device: torch.device) -> str | None:
+        expected = "cpu" if _kernels("common").INTERPRETED else "cuda"
+        if device.type == expected:
+            return None
+        return f"it runs on {expected} tensors" + (" in the interpreter" if expected == "cpu" else "")
+
+    def automatic_on(self, device: torch.device) -> bool:
+        """Never the interpreter, which is there to be asked for by name."""
+        return device.type == "cuda"
+
+    def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
+        with _on(table.device):
+            _kernels("gram").gram_into(table, groups, out)
+
+    def combine_into(
+        self, table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
+    ) -> None:
+        with _on(table.device):
+            _kernels("combine").combine_into(table, weights, groups, out)
+
+    def solve(
+        self,
+        solver: str,
+        gram: Tensor,
+        active: Tensor | None,
+        rng: Tensor | None,
+        options: Sequence[float],
+        inputs: Tensor | None,
+        certified: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if solver not in _SOLVERS or math.prod(gram.shape[:-2]) == 0:
+            return reference.solve(solver, gram, active, rng, options, inputs, certified)
+        weights = gram.new_empty(gram.shape[:-1])
+        certificate = gram.new_zeros((*gram.shape[:-2], 2))
+        with _on(gram.device):
+            _kernels(solver).solve(weights, certificate, gram, active, rng, options)
+        return weights, certificate
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

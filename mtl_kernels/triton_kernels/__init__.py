@@ -1,0 +1,1 @@
+"""Triton kernels, one file each with its launcher; imported only when the `triton` backend is asked for."""

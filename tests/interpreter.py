@@ -1,0 +1,39 @@
+"""Triton's interpreter, which runs the Triton kernels on a machine without a GPU."""
+
+import os
+
+SLOW = (
+    "test_rows_are_not_copied",
+    "test_no_conflict_is_the_plain_sum[triton-128]",
+    "test_backends_agree_on_the_same_state[triton-40]",
+    "test_backends_agree_on_the_same_state[triton-128]",
+    "test_backends_agree[triton-40]",
+    "test_backends_agree[triton-128]",
+    "test_batched_is_one_problem_at_a_time",
+    "test_more_iterations_never_raise_the_value",
+)
+"""Tests that take it minutes; tests/kernels/test_triton_*.py has each of them in small."""
+
+
+def enable() -> None:
+    """Turns it on for this process; triton must not have been imported yet."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patched = set()
+
+    def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        # It swaps the whole language out for every call of a function from a kernel, most of its time: do so once.
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def is_slow(test: str) -> bool:
+    """Whether a test of the Triton backend is too slow for the interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and test.startswith(SLOW)

@@ -1,0 +1,199 @@
+"""What is the CUDA backend's own: its caches, captures, and what it says when something is missing."""
+
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from exact import make_rows
+
+import mtl_kernels as mk
+from mtl_kernels.backends import BACKENDS, cuda
+from mtl_kernels.rows import RowTable
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def backend() -> cuda.CudaBackend:
+    """The backend over the host emulation, with nothing kept yet."""
+    if (reason := emulated.missing()) is not None:
+        pytest.skip(reason)
+    return cuda.CudaBackend("emulated", BACKENDS[emulated.NAME]._module, "cpu")
+
+
+def gram(backend: cuda.CudaBackend, table: RowTable) -> torch.Tensor:
+    out = torch.full((1, table.num_tasks, table.num_tasks), torch.nan, dtype=torch.float64)
+    backend.gram_into(table, [0] * table.num_params, out)
+    return out[0]
+
+
+def test_plans_follow_sizes_and_tables_addresses(backend: cuda.CudaBackend) -> None:
+    kept = backend._kept(CPU, 0)
+    rows = make_rows(3, [(40,), (7, 9)], seed=0)
+    first = gram(backend, RowTable(rows))
+    assert (len(kept._plans), len(kept._tables)) == (1, 1)
+    for row in rows:
+        for tensor in row:
+            tensor.mul_(2)
+    torch.testing.assert_close(gram(backend, RowTable(rows)), 4 * first)
+    assert (len(kept._plans), len(kept._tables)) == (1, 1)
+    moved = [[tensor.clone() for tensor in row] for row in rows]
+    torch.testing.assert_close(gram(backend, RowTable(moved)), 4 * first)
+    assert (len(kept._plans), len(kept._tables)) == (1, 2)
+    gram(backend, RowTable([row[:1] for row in moved]))
+    assert (len(kept._plans), len(kept._tables)) == (2, 3)
+
+
+def test_what_is_kept_is_bounded(backend: cuda.CudaBackend) -> None:
+    matrix = torch.randn(2, 300)
+    for columns in range(1, 100):
+        gram(backend, RowTable(matrix[:, :columns]))
+    kept = backend._kept(CPU, 0)
+    assert len(kept._plans) == cuda._KEPT and len(kept._tables) <= cuda._KEPT
+
+
+def test_a_capture_uses_nothing_that_is_kept(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = RowTable(make_rows(12, [(40,), (7, 9)], seed=1))
+    expected = gram(backend, table)
+    before = [tensor.clone() for tensor in backend._kept(CPU, 0)._workspace.values()]
+    captured: list[object] = []
+    device = torch.device("cpu", 0)
+    capture = cuda._Capture(device, backend._module.DeviceCopy, captured)
+    monkeypatch.setattr(backend, "_stream", lambda device: (capture, 0))
+    assert torch.equal(gram(backend, table), expected)
+    assert len(captured) == 3  # plan, addresses, counters: alive for as long as a replay may come
+    after = backend._kept(CPU, 0)._workspace.values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    out = [torch.empty_like(tensor) for tensor in table.like]
+    weights = torch.randn(1, 12, dtype=torch.float64)
+    backend.combine_into(table, weights, [0, 0], out)
+    for found, wanted in zip(out, mk.combine(table, weights[0], backend="reference"), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_failed_launch_starts_from_zero_counters(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = RowTable(torch.randn(3, 50))
+    expected = gram(backend, table)
+    kept = backend._kept(CPU, 0)
+    kept._workspace[torch.int32].fill_(1)  # as a launch leaves them that did not finish
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("gram: an illegal memory access was encountered")
+
+    real = backend._module
+    monkeypatch.setattr(backend, "_module", SimpleNamespace(gram=fail, GramPlan=real.GramPlan))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        gram(backend, table)
+    monkeypatch.setattr(backend, "_module", real)
+    assert torch.equal(gram(backend, table), expected)
+
+
+def test_no_memory_for_the_workspace(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = RowTable(torch.randn(3, 50))
+    out = torch.full((1, 3, 3), 7.0, dtype=torch.float64)
+
+    def full(*arguments: object, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.gram_into(table, [0], out)
+    monkeypatch.undo()
+    assert (out == 7).all()
+    backend.gram_into(table, [0], out)
+    torch.testing.assert_close(out[0], mk.gram(table, backend="reference"))
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(missing=lambda: "no NVIDIA driver was found", unsupported=lambda device: None)
+    monkeypatch.setitem(BACKENDS, "cuda", cuda.CudaBackend("cuda", module))
+    assert mk.available_backends()["cuda"] == "no NVIDIA driver was found"
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: no NVIDIA driver was found"):
+        mk.gram(torch.ones(2, 3), backend="cuda")
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"), mk.use_backend("cuda"):
+        pass
+    assert mk.gram(torch.ones(2, 3)).shape == (2, 2)  # the automatic choice goes on to the next
+
+
+def test_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = cuda.CudaBackend()
+    backend._module = None
+    monkeypatch.setattr(cuda, "_reason", "the extension module mtl_kernels._cuda was not built")
+    assert "not built" in str(backend.missing())
+
+
+def test_an_architecture_that_is_not_in_the_binary(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "mtl_kernels._cuda was built for the architectures 80, this GPU is sm_75; reinstall from source with ..."
+    module = SimpleNamespace(missing=lambda: None, unsupported=lambda device: reason)
+    backend = cuda.CudaBackend("cuda", module, device_type="cpu")
+    monkeypatch.setitem(BACKENDS, "cuda", backend)
+    with pytest.raises(RuntimeError, match="this GPU is sm_75; reinstall from source"):
+        mk.dispatch._choose(CPU, "cuda")
+    assert mk.dispatch._choose(CPU, "auto") is not backend
+
+
+def test_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        BACKENDS, "cuda", cuda.CudaBackend("cuda", SimpleNamespace(missing=lambda: None, unsupported=lambda d: None))
+    )
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot take cpu tensors: it runs on cuda tensors"):
+        mk.dispatch._choose(CPU, "cuda")
+
+
+@pytest.mark.gpu
+def test_rows_on_two_devices() -> None:
+    with pytest.raises(ValueError, match="move all rows"):
+        mk.gram([[torch.ones(3, device="cuda")], [torch.ones(3)]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tasks", [3, 20])
+def test_launches_inside_a_graph(num_tasks: int) -> None:
+    if (reason := mk.available_backends()["cuda"]) is not None:
+        pytest.skip(reason)
+    rows = torch.randn(num_tasks, 100_003, device="cuda")
+    out, rng = torch.empty(100_003, device="cuda"), mk.rng_state(3, device="cuda")
+
+    def step() -> torch.Tensor:
+        _, weights, _ = mk.gram_solve(rows, "pcgrad", options=(1.0, 0.0), rng=rng, advance_rng=True, backend="cuda")
+        mk.combine(rows, weights, out=out, backend="cuda")
+        return weights
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weights = step()
+    for _ in range(3):
+        rows.normal_()
+        rng.copy_(mk.rng_state(3, 5, device="cuda"))
+        graph.replay()
+        torch.cuda.synchronize()
+        found = weights.clone(), out.clone()
+        rng.copy_(mk.rng_state(3, 5, device="cuda"))
+        assert torch.equal(found[0], step()) and torch.equal(found[1], out)
+
+
+@pytest.mark.gpu
+def test_two_streams_at_once() -> None:
+    if (reason := mk.available_backends()["cuda"]) is not None:
+        pytest.skip(reason)
+    sets = [torch.randn(8, 1_000_001, device="cuda") for _ in range(2)]
+    expected = [mk.gram(rows, backend="cuda") for rows in sets]
+    streams = [torch.cuda.Stream() for _ in sets]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for rows, stream in zip(sets, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(mk.gram(rows, backend="cuda"))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_device_of_the_rows_is_used() -> None:
+    rows = torch.randn(4, 1000, device="cuda:1")
+    assert mk.gram(rows, backend="cuda").device == rows.device and torch.cuda.current_device() == 0

@@ -1,0 +1,175 @@
+"""Operations that a backend may fuse: statistics, gram with a solver behind it, and the epilogues of combine."""
+
+import itertools
+
+import pytest
+import torch
+from exact import make_rows
+from placement import rng_state
+
+import mtl_kernels as mk
+
+SHAPES = [(37, 5), (8,), (3, 3, 3), (257,), (1,)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 1, 0, 3]])
+@pytest.mark.parametrize("num_tasks", [1, 3, 12])
+def test_statistics(backend: str, num_tasks: int, groups: list[int] | None) -> None:
+    rows = make_rows(num_tasks, SHAPES, missing=0.2, seed=1)
+    if num_tasks > 1:
+        rows[1] = [None if t is None else torch.zeros_like(t) for t in rows[1]]
+    found = mk.statistics(rows, groups=groups, backend=backend)
+    assert torch.equal(found.gram, mk.gram(rows, groups=groups, backend=backend))
+    torch.testing.assert_close(found.norms, mk.norms(found.gram), rtol=1e-14, atol=0)
+    torch.testing.assert_close(found.cosines, mk.cosines(found.gram), rtol=1e-13, atol=1e-15)
+    assert torch.equal(found.cosines, found.cosines.mT)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_statistics_of_what_is_not_finite(backend: str, bad: float) -> None:
+    matrix = torch.randn(3, 40)
+    matrix[1, 7] = bad
+    found = mk.statistics(matrix, backend=backend)
+    assert not found.norms[1].isfinite() and found.norms[[0, 2]].isfinite().all()
+    assert torch.equal(found.cosines.isnan(), mk.cosines(found.gram).isnan())
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 1, 0, 2]])
+@pytest.mark.parametrize("num_tasks", [1, 2, 7, 20])
+@pytest.mark.parametrize("solver", ["pcgrad", "min_norm"])
+def test_gram_solve_is_gram_and_solve(backend: str, solver: str, num_tasks: int, groups: list[int] | None) -> None:
+    rows = make_rows(num_tasks, SHAPES, missing=0.1, seed=2)
+    rng, options = rng_state(5, 3), (1.0, 0.0) if solver == "pcgrad" else (0.0, 0.0, 0.0)
+    active = torch.ones(num_tasks, dtype=torch.bool)
+    active[num_tasks // 2 :: 3] = num_tasks < 3
+    kwargs = {"options": options, "rng": rng, "backend": backend}
+    for mask in (None, active):
+        gram, weights, certificate = mk.gram_solve(rows, solver, groups=groups, active=mask, **kwargs)
+        assert torch.equal(gram, mk.gram(rows, groups=groups, backend=backend))
+        expected, expected_certificate = mk.ops.solve(solver, gram, active=mask, **kwargs)
+        assert torch.equal(weights, expected)
+        assert torch.equal(certificate, expected_certificate)
+    assert rng.tolist() == [5, 3]
+
+
+def test_gram_solve_advances_the_generator_once(backend: str) -> None:
+    rows, rng = make_rows(4, SHAPES, seed=3), rng_state(7, 1)
+    kwargs = {"options": (1.0, 0.0), "backend": backend}
+    first = mk.gram_solve(rows, "pcgrad", rng=rng, advance_rng=True, groups=[0, 1, 2, 3, 4], **kwargs)
+    assert rng.tolist() == [7, 2]
+    again = mk.gram_solve(rows, "pcgrad", rng=rng_state(7, 1), groups=[0, 1, 2, 3, 4], **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_gram_solve_bad_input(backend: str) -> None:
+    with pytest.raises(ValueError, match="advance_rng needs an rng state"):
+        mk.gram_solve(torch.ones(2, 3), "pcgrad", options=(0.0, 0.0), advance_rng=True, backend=backend)
+    with pytest.raises(ValueError, match="unknown solver"):
+        mk.gram_solve(torch.ones(2, 3), "nothing", backend=backend)
+    with pytest.raises((ValueError, TypeError), match="active"):
+        mk.gram_solve(torch.ones(2, 3), "pcgrad", options=(0.0, 0.0), active=torch.ones(3), backend=backend)
+
+
+def expected_combination(
+    matrix: torch.Tensor, weights: torch.Tensor, scale: float, before: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    total = scale * (weights.double() @ matrix.double())
+    return (total if before is None else total + before.double()).to(dtype)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("rows_dtype", "out_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_cast_scale_and_accumulate(
+    backend: str, rows_dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool
+) -> None:
+    torch.manual_seed(4)
+    matrix, weights = torch.randn(5, 1003).to(rows_dtype), torch.randn(5, dtype=torch.float64)
+    before = torch.randn(1003).to(out_dtype)
+    out = before.clone()
+    scale = torch.tensor(0.125, dtype=torch.float32)
+    found = mk.combine(matrix, weights, out=out, scale=scale, accumulate=accumulate, backend=backend)
+    assert found is out
+    expected = expected_combination(matrix, weights, 0.125, before if accumulate else None, out_dtype)
+    # The sums differ in their last bits, which can tip one rounding.
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(out_dtype).eps, atol=1e-12)
+    assert (out != expected).float().mean() < (1 if out_dtype == torch.float64 else 0.01)
+
+
+def test_rounds_once(backend: str) -> None:
+    """A sum just above the middle of two bfloat16 neighbours; through float it would fall to the even one."""
+    matrix = torch.tensor([[1.0], [2.0**-8], [2.0**-40]])
+    out = torch.empty(1, dtype=torch.bfloat16)
+    mk.combine(matrix, torch.ones(3), out=out, backend=backend)
+    assert out.item() == 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1.0])
+def test_found_inf(backend: str, value: float) -> None:
+    rows = make_rows(3, SHAPES, [torch.float32], seed=5)
+    rows[2][3].view(-1)[200] = value
+    for start in (0.0, 1.0):
+        flag = torch.full((1,), start)
+        mk.combine(rows, torch.ones(3), found_inf=flag, backend=backend)
+        assert flag.item() == (1.0 if value != 1 else start)
+
+
+def test_found_inf_sees_what_overflows_in_the_output(backend: str) -> None:
+    flag, out = torch.zeros(()), torch.empty(9, dtype=torch.float16)
+    mk.combine(torch.full((2, 9), 4e4), torch.ones(2), out=out, found_inf=flag, backend=backend)
+    assert flag.item() == 1 and out.isinf().all()
+
+
+def test_groups_and_layouts(backend: str) -> None:
+    rows = make_rows(3, SHAPES, [torch.float32], missing=0.2, seed=6)
+    weights = torch.randn(2, 3)
+    groups = [0, 1, 0, 1, 1]
+    plain = mk.combine(rows, weights, groups=groups, backend=backend)
+    before = [None if t is None else torch.randn(t.shape[::-1]).permute(*reversed(range(t.dim()))) for t in plain]
+    out = [None if t is None else t.clone(memory_format=torch.preserve_format) for t in before]
+    mk.combine(rows, weights, out=out, groups=groups, accumulate=True, backend=backend)
+    for found, start, added in zip(out, before, plain, strict=True):
+        if added is not None:
+            torch.testing.assert_close(found, start + added, rtol=1e-6, atol=1e-6)
+
+
+def test_bad_epilogues(backend: str) -> None:
+    matrix, weights, out = torch.ones(2, 3), torch.ones(2), torch.zeros(3)
+    with pytest.raises(ValueError, match="pass out as well"):
+        mk.combine(matrix, weights, accumulate=True, backend=backend)
+    with pytest.raises(ValueError, match="one element"):
+        mk.combine(matrix, weights, scale=torch.ones(2), backend=backend)
+    with pytest.raises(TypeError, match="floating"):
+        mk.combine(matrix, weights, scale=torch.ones(1, dtype=torch.int64), backend=backend)
+    with pytest.raises(TypeError, match="float32"):
+        mk.combine(matrix, weights, found_inf=torch.zeros(1, dtype=torch.float64), backend=backend)
+    with pytest.raises(TypeError, match="as a tensor"):
+        mk.combine(matrix, weights, scale=0.5, backend=backend)
+    with pytest.raises(ValueError, match="overlaps"):
+        mk.combine(matrix, weights, out=matrix[0], accumulate=True, backend=backend)
+    with pytest.raises(ValueError, match="overlaps"):
+        half = matrix[0].view(torch.bfloat16)[:3]
+        mk.combine(matrix, weights, out=half, backend=backend)
+    assert torch.equal(out, torch.zeros(3)) and torch.equal(matrix, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_they_compile(backend: str, compiler: str) -> None:
+    matrix, rng = torch.randn(3, 50), rng_state(1)
+
+    def step(matrix: torch.Tensor, rng: torch.Tensor, out: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+        _, weights, _ = mk.gram_solve(matrix, "pcgrad", options=(1.0, 0.0), rng=rng, advance_rng=True, backend=backend)
+        scale = torch.full((1,), 0.5)
+        mk.combine(matrix, weights, out=out, scale=scale, found_inf=flag, accumulate=True, backend=backend)
+        return (
+            mk.statistics(matrix, backend=backend).cosines
+            + mk.combine(matrix, weights, scale=scale, backend=backend).sum()
+        )
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=compiler)):
+        state, out, flag = rng.clone(), torch.ones(50), torch.zeros(1)
+        results.append((function(matrix, state, out, flag), out, flag, state))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    assert results[0][3].tolist() == [1, 1]

@@ -1,0 +1,41 @@
+"""Every Triton kernel is compiled for three generations of GPUs, without one, and its machine code looked at.
+
+In processes of their own: this one has Triton's interpreter on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parent.parent / "triton_compiler.py"
+
+
+@pytest.fixture(scope="module")
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, object]]:
+    """What became of every kernel for one architecture: name, registers, spilled bytes, widest load."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), str(request.param)], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found: list[dict[str, object]] = json.loads(result.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kernels", [80, 90, 100], indirect=True, ids="sm_{}".format)
+def test_kernels_compile_without_spills_and_read_16_bytes_at_a_time(kernels: list[dict[str, object]]) -> None:
+    assert {kernel["kind"] for kernel in kernels} == {"gram", "sums", "combine", "pcgrad", "min_norm"}
+    for kernel in kernels:
+        assert kernel["cubin"], kernel
+        if kernel["kind"] in ("gram", "sums", "combine"):
+            assert kernel["spilled"] == 0, kernel
+        if kernel["kind"] in ("gram", "combine"):
+            assert kernel["wide_loads"], kernel
+        if kernel["kind"] == "combine":
+            assert kernel["wide_stores"], kernel

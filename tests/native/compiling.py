@@ -1,0 +1,35 @@
+"""The C++ compiler of the native tests, and the sanitizers it has here."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-pthread", f"-I{ROOT / 'csrc' / 'include'}"]
+
+
+def sanitizing_compiler(kind: str, folder: Path) -> list[str]:
+    """A compiler with the flags of a sanitizer under which programs build and start here."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) on the path")
+    command = [*compiler.split(), *FLAGS, f"-fsanitize={kind}", "-fno-sanitize-recover=all"]
+    probe = folder / "probe"
+    built = subprocess.run(
+        [*command, "-x", "c++", "-", "-o", probe], input="int main() {}", text=True, capture_output=True
+    )
+    if built.returncode != 0 or subprocess.run([probe], capture_output=True).returncode != 0:
+        pytest.skip(f"{compiler} has no working -fsanitize={kind}: {built.stderr.strip()[-200:]}")
+    return command
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+
+
+def check(*command: object) -> None:
+    done = run(*command)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

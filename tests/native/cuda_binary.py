@@ -1,0 +1,224 @@
+"""What the compiler made of the CUDA kernels: registers, memory and instructions of each, read from the built module.
+
+``python -m tests.native.cuda_binary [module]`` prints the table, with the occupancy of each kernel on each target.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Kernel:
+    """One kernel for one target."""
+
+    name: str
+    """Without namespaces and parameters: ``gram_tensor<float, 4>``."""
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    """Bytes, those whose size a launch names left out."""
+    threads: int
+    """Per block."""
+    body: Counter[str] = field(default_factory=Counter)
+    """How often each instruction stands in the kernel, the functions it calls left out."""
+    called: Counter[str] = field(default_factory=Counter)
+    """The same for those functions: the solvers and what else follows gram."""
+
+    @property
+    def base(self) -> str:
+        return self.name.split("<")[0]
+
+    @property
+    def types(self) -> list[str]:
+        return self.name.rstrip(">").split("<")[1].split(", ") if "<" in self.name else []
+
+    def count(self, instruction: str) -> int:
+        """Instructions of the body that begin so."""
+        return sum(number for name, number in self.body.items() if name.startswith(instruction))
+
+
+def missing() -> str | None:
+    """Why there is nothing to read, or None."""
+    if module() is None:
+        return "mtl_kernels._cuda was not built"
+    if tool("cuobjdump") is None or tool("nvdisasm") is None:
+        return "no cuobjdump and nvdisasm: neither on the PATH, nor in a CUDA toolkit, nor with Triton"
+    return None
+
+
+def module() -> Path | None:
+    return next((ROOT / "mtl_kernels").glob("_cuda*.so"), None)
+
+
+@cache
+def tool(name: str) -> str | None:
+    folders = [*Path("/usr/local").glob("cuda*/bin")]
+    triton = find_spec("triton")
+    if triton is not None and triton.submodule_search_locations:
+        folders.append(Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin")
+    found = (shutil.which(name, path=path) for path in (None, *map(str, folders)))
+    return next((path for path in found if path is not None), None)
+
+
+def _lines(*command: object, cwd: Path | None = None) -> Iterator[str]:
+    with subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        yield from process.stdout
+        error = process.stderr.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"{command[0]}: {error[-2000:]}")
+
+
+@cache
+def _demangled(symbol: str) -> str:
+    library = ctypes.CDLL("libstdc++.so.6")
+    library.__cxa_demangle.restype = ctypes.c_char_p
+    text = library.__cxa_demangle(symbol.encode(), None, None, None)
+    return symbol if text is None else text.decode()
+
+
+def _short(demangled: str) -> str:
+    """``gram_tensor<Float16, 8>`` of ``void mtl::cuda::(...)::gram_tensor<mtl::cuda::Float16, 8>(...)``."""
+    found = re.search(r"(\w+)(?:\[abi:\w+\])?(<[^()]*>)?\(mtl::", demangled)
+    assert found is not None, demangled
+    return found[1] + re.sub(r"\w+::", "", found[2] or "")
+
+
+def ptx_targets(binary: Path) -> set[int]:
+    """The architectures of the PTX in it, which newer GPUs compile for themselves."""
+    listing = _lines(tool("cuobjdump"), "--list-ptx", binary)
+    return {int(arch) for line in listing for arch in re.findall(r"sm_(\d+)\w*\.ptx", line)}
+
+
+def read_kernels(binary: Path) -> list[Kernel]:
+    """Every kernel of every architecture. Takes half a minute, most of it in the disassembler."""
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder)
+        for kind in ("-xelf", "-xptx"):
+            for _ in _lines(tool("cuobjdump"), kind, "all", binary.resolve(), cwd=at):
+                pass
+        threads = {}
+        for ptx in at.glob("*.ptx"):
+            for symbol, size in re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", ptx.read_text()):
+                threads[_kernel_of(symbol)] = int(size)
+        cubins = sorted(at.glob("*.cubin"), key=lambda path: -path.stat().st_size)
+        with ThreadPoolExecutor() as pool:
+            found = [kernel for kernels in pool.map(lambda path: _read(path, threads), cubins) for kernel in kernels]
+    return sorted(found, key=lambda kernel: (kernel.arch, kernel.name))
+
+
+def _kernel_of(symbol: str) -> str:
+    return _short(_demangled(symbol))
+
+
+def _read(cubin: Path, threads: dict[str, int]) -> list[Kernel]:
+    arch = int(re.findall(r"sm_(\d+)", cubin.name)[0])
+    kernels: dict[str, Kernel] = {}
+    usage = "".join(_lines(tool("cuobjdump"), "--dump-resource-usage", cubin))
+    for symbol, registers, stack, shared in re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+    ):
+        name = _kernel_of(symbol)
+        kernels[symbol] = Kernel(name, arch, int(registers), int(stack), int(shared), threads[name])
+    counts: Counter[str] = Counter()
+    kernel = None
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)")
+    for line in _lines(tool("nvdisasm"), "-c", cubin):
+        if line.startswith(".text."):
+            kernel = kernels.get(line.strip()[len(".text.") : -1])
+        elif kernel is not None and re.match(r"[\w$]", line):
+            # The label of a function; the kernel's own comes first.
+            counts = kernel.called if line.startswith("$") else kernel.body
+        elif kernel is not None and (found := instruction.match(line)):
+            counts[found[1]] += 1
+    return list(kernels.values())
+
+
+# Registers and bytes of shared memory of a multiprocessor.
+_REGISTERS = 64 << 10
+_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+_RESERVED = 1 << 10  # of a block's shared memory, by the system
+
+
+def blocks_at_a_time(kernel: Kernel, dynamic_shared: int) -> int:
+    """How many blocks a multiprocessor holds."""
+    warps = kernel.threads // 32
+    registers = -(-kernel.registers * 32 // 256) * 256  # of a warp
+    by_registers = _REGISTERS // registers // 4 * 4 // warps  # a quarter of the multiprocessor each
+    by_shared = _SHARED[kernel.arch] // (kernel.shared + dynamic_shared + _RESERVED)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def launch_shapes() -> dict[str, int]:
+    """Dynamic shared memory of every gram kernel: what csrc/cuda says, compiled for the host."""
+    emulation, cuda = ROOT / "tests" / "native" / "emulation", ROOT / "csrc" / "cuda"
+    program = r"""
+        #include <cstdio>
+        #include "gram_kernels.h"
+        #include "shared_memory.h"
+        int main() {
+          for (int dtype = 0; dtype < 4; ++dtype) {
+            for (int K = 1; K <= mtl::kMaxTasks; ++K) {
+              const auto kernel = mtl::cuda::gram_kernel(static_cast<mtl::DType>(dtype), K);
+              const auto& symbols = emulation::symbols_of(reinterpret_cast<const void*>(kernel.run));
+              std::printf("%zu %s\n", kernel.shared_bytes, symbols.name.c_str());
+            }
+          }
+        }"""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "shapes.cpp"
+        source.write_text(program)
+        sources = [source, *cuda.glob("gram_t*.cu"), *emulation.glob("*.cpp")]
+        command = ["g++", "-std=c++17", "-w", "-pthread", "-DMTL_EMULATION", "-x", "c++"]
+        command += [f"-I{path}" for path in (cuda, ROOT / "csrc" / "include", emulation)]
+        subprocess.run([*command, *sources, "-o", source.with_suffix("")], check=True)
+        output = subprocess.run([source.with_suffix("")], check=True, capture_output=True, text=True).stdout
+    return {_short(name): int(size) for size, name in (line.split(" ", 1) for line in output.splitlines())}
+
+
+def _widest(kernel: Kernel) -> str:
+    """Bytes of its widest load from global memory."""
+    loads = [name for name in kernel.body if re.match(r"LDG(STS)?\.", name)]
+    width = max((int(bits) // 8 for name in loads for bits in re.findall(r"\.(64|128)\b", name)), default=4)
+    return f"{width}{' (asynchronous)' if any(name.startswith('LDGSTS') for name in loads) else ''}"
+
+
+def table(kernels: list[Kernel], dynamic: dict[str, int]) -> str:
+    lines = [
+        "| kernel | target | registers | shared bytes | threads | blocks per SM | warps per SM | bytes per load |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch)):
+        size = dynamic.get(kernel.name, 0)
+        blocks = blocks_at_a_time(kernel, size)
+        warps = blocks * kernel.threads // 32
+        lines.append(
+            f"| `{kernel.name}` | sm_{kernel.arch} | {kernel.registers} | {kernel.shared} + {size} | {kernel.threads} "
+            f"| {blocks} | {warps} ({warps / 64:.0%}) | {_widest(kernel)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else module()
+    if path is None:
+        sys.exit(missing())
+    print(table(read_kernels(path), launch_shapes()))

@@ -1,0 +1,164 @@
+// Batches of problems, in shared and in global scratch; and what a failing call says.
+#include "combine.h"
+#include "cuda_test.h"
+#include "gram.h"
+#include "solve.h"
+
+namespace test {
+namespace {
+
+using mtl::cuda::SolverArguments;
+
+// The Gram matrices of random rows, of every rank, the last of them not finite.
+std::vector<double> draw_grams(int K, std::int64_t batch) {
+  std::vector<double> grams(static_cast<std::size_t>(batch) * K * K);
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const int rank = b % 2 == 0 ? K + 3 : 1 + K / 2;
+    std::vector<double> rows(static_cast<std::size_t>(K) * rank);
+    for (double& x : rows) x = draw_normal() + 0.1;
+    double* gram = &grams[b * K * K];
+    for (int i = 0; i < K; ++i) {
+      for (int j = 0; j < K; ++j)
+        for (int n = 0; n < rank; ++n) gram[i * K + j] += rows[i * rank + n] * rows[j * rank + n];
+    }
+    if (b == 3) gram[K * K - 1] = NAN;
+  }
+  return grams;
+}
+
+void check(const SolverCase& solver, int K, std::int64_t batch, int masks) {
+  context() = std::string(solver.name) + " " + std::to_string(solver.options[0]) +
+              ", K = " + std::to_string(K) + ", batch of " + std::to_string(batch);
+  const std::vector<double> grams = draw_grams(K, batch);
+  std::vector<unsigned char> active(static_cast<std::size_t>(masks == 2 ? batch * K : masks * K));
+  for (std::size_t n = 0; n < active.size(); ++n) active[n] = n % 5 != 2 && n / K != 4;
+  std::vector<std::int64_t> rng = {1234567890123, 4294967300};
+  SolverArguments arguments;
+  arguments.name = solver.name;
+  arguments.num_tasks = K;
+  arguments.gram = grams.data();
+  arguments.active = masks > 0 ? active.data() : nullptr;
+  arguments.active_stride = masks == 2 ? K : 0;
+  arguments.rng = rng.data();
+  arguments.options = solver.options;
+  std::vector<double> weights(static_cast<std::size_t>(batch) * K),
+      certificate(static_cast<std::size_t>(batch) * 2);
+  std::vector<double> scratch(static_cast<std::size_t>(mtl::cuda::solve_scratch(0, arguments, batch)), NAN);
+  std::vector<double> first;
+  in_orders([&] {
+    weights.assign(weights.size(), NAN);
+    certificate.assign(certificate.size(), NAN);
+    arguments.weights = weights.data();
+    arguments.certificate = certificate.data();
+    mtl::cuda::solve(0, arguments, batch, scratch.empty() ? nullptr : scratch.data(), nullptr);
+    if (first.empty()) first = weights;
+    expect(same_bits(first, weights), "the same bits in every order");
+  });
+  expect(rng[0] == 1234567890123 && rng[1] == 4294967300, "solve leaves the random state alone");
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const unsigned char* mask = masks == 0 ? nullptr : active.data() + (masks == 2 ? b * K : 0);
+    const double* gram = &grams[b * K * K];
+    const Solution host = solve_on_host(solver, K, gram, mask, rng.data(), b);
+    expect_same_solution(solver, K, gram, &weights[b * K], &certificate[b * 2], host);
+  }
+}
+
+}  // namespace
+
+void test_solve() {
+  const SolverCase solvers[] = {
+      {"pcgrad", {1, 1}}, {"pcgrad", {0, 0}}, {"min_norm", {0, 0, 0}}, {"min_norm", {1, 50, 0}}};
+  const int opt_in = emulation::options().shared_bytes_opt_in;
+  for (const int room : {opt_in, 2 << 10}) {
+    emulation::options().shared_bytes_opt_in = room;
+    const std::vector<int> sizes =
+        kForRaces || room != opt_in
+            ? std::vector<int>{2, 31, 33}
+            : std::vector<int>{1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 40, 48, 49, 64, 65, 96, 97, 128};
+    for (const int K : sizes) {
+      for (const SolverCase& solver : solvers) check(solver, K, K > 33 ? 2 : 5, draw(3));
+    }
+  }
+  emulation::options().shared_bytes_opt_in = opt_in;
+  check(solvers[0], 4, 0, 0);
+  check(solvers[2], 4, 1, 1);
+}
+
+void test_errors() {
+  using mtl::cuda::GramPlan;
+  const Table table(2, 1, {{DType::kFloat32, 8}});
+  const mtl::RowTable rows = table.rows();
+  expect_error<std::runtime_error>("cudaSetDevice", [&] { GramPlan(1, rows, 1); });
+  emulation::Options& set = emulation::options();
+  set.blocks_per_multiprocessor = 0;
+  expect_error<std::runtime_error>("does not fit this device", [&] { GramPlan(0, rows, 1); });
+  set.blocks_per_multiprocessor = 2;
+  set.device_error = cudaErrorInsufficientDriver;
+  expect_error<std::runtime_error>("update the driver", [&] { GramPlan(0, rows, 1); });
+  set.device_error = cudaSuccess;
+
+  const GramPlan plan(0, rows, 1);
+  std::vector<double> sums(static_cast<std::size_t>(plan.sum_doubles())), gram(4), weights(2), certificate(2);
+  std::vector<unsigned> counters(static_cast<std::size_t>(plan.num_counters()));
+  SolverArguments solver;
+  solver.name = "min_norm";
+  solver.num_tasks = 2;
+  solver.options = {0, 0, 0};
+  solver.gram = gram.data();
+  solver.weights = weights.data();
+  solver.certificate = certificate.data();
+  const auto run = [&](const SolverArguments* behind) {
+    mtl::cuda::GramCall{plan,
+                        table.pointers().data(),
+                        plan.words().data(),
+                        sums.data(),
+                        counters.data(),
+                        gram.data(),
+                        nullptr,
+                        nullptr,
+                        behind,
+                        nullptr}
+        .run(nullptr);
+  };
+  set.launch_error = cudaErrorNoKernelImageForDevice;
+  expect_error<std::runtime_error>("rebuild for this GPU", [&] { run(nullptr); });
+  set.launch_error = cudaSuccess;
+  expect(cudaGetLastError() != cudaSuccess && cudaGetLastError() == cudaSuccess,
+         "an error is forgotten once read");
+  solver.options = {0};
+  expect_error<std::invalid_argument>("takes 3 options", [&] { run(&solver); });
+  solver.name = "unknown";
+  expect_error<std::invalid_argument>("unknown solver", [&] { run(&solver); });
+  expect_error<std::invalid_argument>("unknown solver",
+                                      [&] { mtl::cuda::solve(0, solver, 1, nullptr, nullptr); });
+  solver.name = "pcgrad";
+  solver.options = {1, 0};
+  expect_error<std::invalid_argument>("needs an rng state", [&] { mtl::cuda::solve_scratch(0, solver, 1); });
+
+  const int room = set.shared_bytes_opt_in;
+  set.shared_bytes_opt_in = 1 << 10;
+  solver.options = {0, 0};
+  expect_error<std::invalid_argument>("needs a workspace",
+                                      [&] { mtl::cuda::solve(0, solver, 1, nullptr, nullptr); });
+  set.shared_bytes_opt_in = room;
+
+  const Table wide(128, 1, {{DType::kFloat32, 8}});
+  const GramPlan wide_plan(0, wide.rows(), 1);
+  solver.num_tasks = 128;
+  expect(wide_plan.scratch_doubles(solver) > 0, "147 KB are more than a gram kernel's shared memory");
+  expect_error<std::invalid_argument>("needs a workspace", [&] {
+    mtl::cuda::GramCall{wide_plan,
+                        wide.pointers().data(),
+                        wide_plan.words().data(),
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        &solver,
+                        nullptr}
+        .run(nullptr);
+  });
+}
+
+}  // namespace test

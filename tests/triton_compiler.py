@@ -1,0 +1,75 @@
+"""Compiles every Triton kernel in every configuration for one architecture and prints what was found as JSON.
+
+usage: python triton_compiler.py 90
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mtl_kernels.triton_kernels import combine, gram, min_norm, pcgrad, problem
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    **dict.fromkeys(("pointers", "segments", "chunks", "slots", "rng"), "*i64"),
+    **dict.fromkeys(("partials", "gram", "grams", "weights", "certificates", "scratch"), "*fp64"),
+    **dict.fromkeys(("num_tasks", "num_params", "active_stride", "max_iters"), "i32"),
+    "active": "*u8",
+    "tolerance": "i64",
+}
+TASKS = (2, 8, 16, 32, 64, 128)
+
+
+def kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Kind, function, constants and options of every kernel, each once."""
+    for num_tasks in TASKS:
+        for code in range(4):
+            shape = gram.configuration(num_tasks, code)
+            options = {"num_warps": shape.warps, "num_stages": shape.stages}
+            yield "gram", gram._partials_kernel, gram.constants(shape, code), options
+        yield "sums", gram._sums_kernel, gram.sum_constants(shape), {"num_warps": gram.SUM_WARPS}
+    for num_tasks in (2, 4, 8):
+        for code in range(4):
+            columns = combine.configuration(num_tasks)
+            yield "combine", combine._combine_kernel, combine.constants(columns, code), {"num_warps": columns.warps}
+    for num_tasks in (8, 32, 128):
+        tasks, rows, warps = problem.configuration(num_tasks)
+        constants = {"TASKS": tasks, "ROWS": rows, "HAS_ACTIVE": True}
+        yield "pcgrad", pcgrad._pcgrad_kernel, {**constants, "RANDOM": True, "MEAN": True}, {"num_warps": warps}
+        for frank_wolfe in (False, True):
+            all_constants = {**constants, "FRANK_WOLFE": frank_wolfe}
+            yield "min_norm", min_norm._min_norm_kernel, all_constants, {"num_warps": warps}
+
+
+def inspect(kind: str, function: Any, constants: dict[str, Any], options: dict[str, int], arch: int) -> dict[str, Any]:
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    cubin = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run(
+            [CUOBJDUMP, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        "kind": kind,
+        "constants": constants,
+        "cubin": len(cubin),
+        "registers": int(re.findall(r"\bREG:(\d+)", code)[0]),
+        "spilled": int(re.findall(r"\bSTACK:(\d+)", code)[0]),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\S*\.128", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\S*\.128", code)),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([inspect(*kernel, int(sys.argv[1])) for kernel in kernels()]))
