@@ -3,6 +3,8 @@
 #   VENV=0 PYTHON=python3   use an existing environment with torch as it is; nothing is downloaded
 #   TORCH="torch==2.11.0"   another torch for .venv
 #   ARGS="..."              passed on to the demo, the tests or the benchmark
+#
+# With a GPU, `make gpu OUT=folder` builds, tests and measures there, and leaves its results in the folder.
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -24,7 +26,7 @@ else
   READY := $(VENV)/.ready
 endif
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(READY)
 	$(RUN) -m mtl_optim.cli demo $(ARGS)
@@ -35,6 +37,11 @@ test: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/kernels.py $(ARGS)
 	$(RUN) benchmarks/steps.py
+
+# The build is its first stage, so that a build that fails is reported like any other.
+OUT ?= build/gpu
+gpu: $(if $(filter 0,$(VENV)),,$(READY))
+	$(RUN) -u benchmarks/gpu_report.py --out "$(OUT)" $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,23 @@ SAMPLE = 4096
 
 # Ours must keep the contract of the kernels; others what their arithmetic can be expected to give.
 _LOOSE_GRAM = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+_BLOCK_BYTES = 1 << 30
+_SPLITS = 64
+
+
+def exact_gram(rows: Tensor) -> Tensor:
+    """The Gram matrix of dense rows in float64 on their device, as a batch of short products: one long one is slow."""
+    num_tasks, num_columns = rows.shape
+    total = torch.zeros(num_tasks, num_tasks, dtype=torch.float64, device=rows.device)
+    step = max(_SPLITS, _BLOCK_BYTES // (8 * num_tasks) // _SPLITS * _SPLITS)
+    for begin in range(0, num_columns, step):
+        block = rows[:, begin : begin + step].double()
+        whole = block.shape[1] // _SPLITS * _SPLITS
+        pieces = block[:, :whole].reshape(num_tasks, _SPLITS, -1).transpose(0, 1)
+        total += (pieces @ pieces.mT).sum(0) + block[:, whole:] @ block[:, whole:].T
+    return (total + total.T) / 2
 
 
 def gram_error(found: Tensor, exact: Tensor) -> float:
@@ -32,7 +50,7 @@ def gram_limit(provider_is_ours: bool, num_tasks: int, dtype: torch.dtype) -> fl
 
 def combine_error(found: Tensor, rows: Tensor, weights: Tensor) -> float:
     """The largest error of an element relative to the sum of its terms' sizes, over a sample of columns."""
-    columns = sample(rows.shape[1])
+    columns = sample(rows.shape[1]).to(rows.device)
     terms = rows[:, columns].double() * weights.double()[:, None]
     return float(((found[columns].double() - terms.sum(0)).abs() / terms.abs().sum(0)).max())
 
@@ -54,39 +72,40 @@ def sample(num_columns: int) -> Tensor:
 
 def pcgrad_weights(gram: Tensor, orders: Sequence[Sequence[int]]) -> Tensor:
     """PCGrad's weights in float64 for given orders, by its definition on coefficients."""
-    gram = gram.double()
-    total = torch.zeros(gram.shape[0], dtype=torch.float64)
+    matrix = gram.double().cpu().numpy()
+    total = np.zeros(len(matrix))
     for i, order in enumerate(orders):
-        coefficients = torch.zeros_like(total)
+        coefficients = np.zeros_like(total)
         coefficients[i] = 1
         for j in order:
-            product = float(gram[j] @ coefficients)
+            product = matrix[j] @ coefficients
             if j != i and product < 0:
-                coefficients[j] -= product / float(gram[j, j])
+                coefficients[j] -= product / matrix[j, j]
         total += coefficients
-    return total
+    return torch.from_numpy(total)
 
 
-def our_orders(rng: Tensor, num_tasks: int) -> list[list[int]]:
-    """The orders that `mtl_kernels.pcgrad_weights` takes from a state."""
-    return order_keys(rng, 1, num_tasks)[0].argsort(dim=-1).tolist()
+def our_orders(rng: Tensor, num_tasks: int, problem: int = 0) -> list[list[int]]:
+    """The orders that `mtl_kernels.pcgrad_weights` takes from a state for one problem of a batch."""
+    return order_keys(rng.cpu(), problem + 1, num_tasks)[problem].argsort(dim=-1).tolist()
 
 
 def weights_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest weight."""
+    expected = expected.to(found.device)
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
 
 def direction_error(found: Tensor, rows: Tensor, weights: Tensor) -> float:
     """The distance from J^T w relative to the length of J^T w, over a sample of columns."""
-    columns = sample(rows.shape[1])
-    expected = weights @ rows[:, columns].double()
+    columns = sample(rows.shape[1]).to(rows.device)
+    expected = weights.to(rows.device) @ rows[:, columns].double()
     return float((found[columns].double() - expected).norm() / expected.norm())
 
 
 def min_norm_error(found: Tensor, gram: Tensor) -> float:
     """How far w'Gw is from the least value, relative to the smallest G_jj; inf off the simplex."""
-    found, gram = found.double(), gram.double()
+    found, gram = found.double().cpu(), gram.double().cpu()
     if found.min() < -1e-6 or abs(float(found.sum()) - 1) > 1e-4:
         return math.inf
     best = mk.reference.min_norm_weights(gram).weights

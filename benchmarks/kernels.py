@@ -19,7 +19,6 @@ Every result is first checked against float64. For one that fails, no ratio is c
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -175,25 +174,16 @@ def pcgrad_step_competitors(case: Case, rows: Tensor, out: Tensor) -> dict[str, 
         weights = mk.pcgrad_weights(mk.gram(rows), rng=rng)
         return combine_into(rows, weights, out)
 
-    def loop_error() -> float:
-        random.seed(1)
-        orders = peers.draw_orders(case.num_tasks)
-        random.seed(1)
-        return checks.direction_error(peers.pcgrad_loop(rows), rows, checks.pcgrad_weights(gram, orders))
-
     found: dict[str, Competitor] = {OURS: (ours, lambda: checks.direction_error(ours(), rows, expected), 1e-5)}
     if loop_is_affordable(case):
-        found["full-space loop"] = (lambda: peers.pcgrad_loop(rows), loop_error, 1e-3)
+        found["full-space loop"] = (lambda: peers.pcgrad_loop(rows), lambda: peers.pcgrad_loop_error(rows), 1e-3)
     aggregator = peers.torchjd("pcgrad_step")
     if aggregator is not None:
-
-        def torchjd_error() -> float:
-            torch.manual_seed(1)
-            orders = [torch.randperm(case.num_tasks).tolist() for _ in range(case.num_tasks)]
-            torch.manual_seed(1)
-            return checks.direction_error(aggregator(rows), rows, checks.pcgrad_weights(gram, orders))
-
-        found["torchjd"] = (lambda: aggregator(rows), torchjd_error, 1e-3)
+        found["torchjd"] = (
+            lambda: aggregator(rows),
+            lambda: peers.torchjd_step_error(aggregator, rows),
+            1e-3,
+        )
     return found
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 def pcgrad_loop(rows: Tensor) -> Tensor:
     """PCGrad on the gradients themselves, as the single-file codes run it (Yu et al. 2020, Algorithm 1)."""
@@ -27,6 +29,24 @@ def pcgrad_loop(rows: Tensor) -> Tensor:
     return total
 
 
+def pcgrad_loop_error(rows: Tensor) -> float:
+    """The loop's direction against the definition on coefficients, for the orders that it draws."""
+    random.seed(1)
+    orders = draw_orders(rows.shape[0])
+    random.seed(1)
+    found = pcgrad_loop(rows)
+    return checks.direction_error(found, rows, checks.pcgrad_weights(checks.exact_gram(rows), orders))
+
+
+def torchjd_step_error(aggregator: Callable[[Tensor], Tensor], rows: Tensor) -> float:
+    """The direction of TorchJD's PCGrad against the definition, for the orders that it draws from torch's generator."""
+    torch.manual_seed(1)
+    orders = [torch.randperm(rows.shape[0]).tolist() for _ in range(rows.shape[0])]
+    torch.manual_seed(1)
+    found = aggregator(rows)
+    return checks.direction_error(found, rows, checks.pcgrad_weights(checks.exact_gram(rows), orders))
+
+
 def draw_orders(num_tasks: int) -> list[list[int]]:
     """For every task the order in which it meets the tasks, from Python's generator."""
     return [random.sample(range(num_tasks), num_tasks) for _ in range(num_tasks)]
@@ -35,7 +55,7 @@ def draw_orders(num_tasks: int) -> list[list[int]]:
 def frank_wolfe_loop(gram: Tensor, max_iters: int = 250, tol: float = 1e-5) -> Tensor:
     """Min-norm weights as the public MGDA codes find them (Sener & Koltun 2018, Algorithm 2), in torch."""
     num_tasks = gram.shape[0]
-    weights = torch.full((num_tasks,), 1 / num_tasks, dtype=gram.dtype)
+    weights = torch.full((num_tasks,), 1 / num_tasks, dtype=gram.dtype, device=gram.device)
     for _ in range(max_iters):
         product = gram @ weights
         t = int(torch.argmin(product))

@@ -10,6 +10,15 @@ import torch
 KERNELS = ("gram", "combine", "pcgrad", "min_norm", "pcgrad_step", "mgda_step")
 TASKS = (2, 3, 4, 8, 16, 32, 40, 64)
 
+GPU_KERNELS = ("gram", "combine", "gram_pcgrad", "gram_min_norm", "pcgrad_step", "mgda_step")
+GPU_TASKS = (2, 4, 8, 16, 32, 64, 128)
+GPU_BATCHES = (1, 64, 1024)
+_GPU_COLUMNS = (10_000, 1_000_000, 10_000_000, 100_000_000)
+_GPU_ELEMENTS = 1_000_000_000
+_GPU_STREAMING_COLUMNS = 1 << 26
+_GPU_SHARE_OF_COPY = ((16, 0.90), (64, 0.75))
+_GPU_STEP_MICROSECONDS = 30.0
+
 STREAMING_BYTES = 64 << 20
 """From here on the rows fit no cache and the bandwidth budgets apply; below, ratios get no verdict."""
 
@@ -82,3 +91,37 @@ def budget(case: Case) -> float | None:
         if case.num_tasks <= tasks:
             return microseconds
     return None
+
+
+def gpu_plan(max_elements: int) -> list[tuple[int, int, torch.dtype]]:
+    """(K, N, dtype) of the rows that are measured on a GPU, those with budgets first."""
+    found = []
+    for num_tasks in GPU_TASKS:
+        # Rows that begin at an odd address would be another case.
+        spread = _GPU_ELEMENTS // num_tasks // 64 * 64
+        for num_columns in {*_GPU_COLUMNS, spread}:
+            for dtype in (torch.float32, torch.bfloat16):
+                if num_tasks * num_columns <= max_elements:
+                    found.append((num_tasks, num_columns, dtype))
+    first = {100_000_000: 0, 10_000: 1}
+    return sorted(
+        found, key=lambda rows: (first.get(rows[1], 2), rows[1] == 10_000_000, rows[0], rows[1], str(rows[2]))
+    )
+
+
+def gpu_kernels(num_columns: int) -> tuple[str, ...]:
+    """The kernels that are measured at a size; at 1e7 columns only those that move memory."""
+    return GPU_KERNELS[:2] if num_columns == 10_000_000 else GPU_KERNELS
+
+
+def gpu_budget(case: Case, measure: str) -> float | None:
+    """What a kernel must reach on a GPU: a ratio to a copy, for the latency of a step microseconds; else None."""
+    if measure == "latency":
+        return _GPU_STEP_MICROSECONDS if case.kernel.endswith("_step") and case.num_columns == 10_000 else None
+    if measure == "call" or case.kernel not in ("gram", "combine") or case.num_columns < _GPU_STREAMING_COLUMNS:
+        return None
+    (low, best), (high, least) = _GPU_SHARE_OF_COPY
+    if case.num_tasks > high:
+        return None
+    share = max(0, case.num_tasks - low) / (high - low)
+    return 1 / (best + share * (least - best))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .results import OURS, Row
 
 
-def roofline(rows: Sequence[Row], path: Path) -> bool:
+def roofline(rows: Sequence[Row], path: Path, dtypes: Sequence[str] = ("float32",)) -> bool:
     """Draws GB/s over the size of the rows for gram and combine, one line per K; False without matplotlib."""
     try:
         import matplotlib
@@ -17,42 +18,59 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row.measure in _KERNEL_TIMES and row.correct and row.gb_per_s]
     kernels = [k for k in ("gram", "combine") if any(r.kernel == k and r.provider == OURS for r in rows)]
     if not kernels:
         return False
-    figure, all_axes = pyplot.subplots(1, len(kernels), figsize=(6.5 * len(kernels), 4.8), squeeze=False, sharey=True)
-    for axes, kernel in zip(all_axes[0], kernels, strict=True):
-        shown = [r for r in rows if r.kernel == kernel and r.dtype == "float32" and r.correct and r.gb_per_s]
-        tasks = sorted({r.K for r in shown})
-        colors = pyplot.get_cmap("viridis")
-        for place, num_tasks in enumerate(tasks):
-            color = colors(place / max(1, len(tasks) - 1) * 0.9)
-            for provider, style, width in ((OURS, "o-", 1.8), ("torch", "x:", 1.0)):
-                line = sorted((r.K * r.N * 4, r.gb_per_s) for r in shown if r.K == num_tasks and r.provider == provider)
-                if not line:
-                    continue
-                axes.plot(*zip(*line, strict=True), style, color=color, lw=width, ms=4,
-                          label=f"K = {num_tasks}" if provider == OURS else None)  # fmt: skip
-        floor = sorted((r.K * r.N * 4, _floor_rate(r)) for r in shown if r.provider == OURS)
-        if floor:
-            axes.plot(*zip(*floor, strict=True), "s", color="black", ms=3, mfc="none", label=_FLOOR[kernel])
-        axes.plot([], [], "x:", color="gray", label=f"torch, {_TORCH[kernel]}")
-        axes.set(xscale="log", xlabel="bytes of all K rows", title=f"{kernel}, float32")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    all_axes[0][0].set_ylabel("GB/s of the bytes that must be moved")
+    figure, all_axes = pyplot.subplots(
+        len(dtypes), len(kernels), figsize=(6.5 * len(kernels), 4.8 * len(dtypes)), squeeze=False, sharey=True
+    )
+    for line, dtype in zip(all_axes, dtypes, strict=True):
+        for axes, kernel in zip(line, kernels, strict=True):
+            _panel(axes, [r for r in rows if r.kernel == kernel and r.dtype == dtype], pyplot.get_cmap("viridis"))
+            axes.set(xscale="log", xlabel="bytes of all K rows", title=f"{kernel}, {dtype}")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)
+            if axes.has_data():
+                axes.legend(fontsize=8)
+        line[0].set_ylabel("GB/s of the bytes that must be moved")
     first = next(r for r in rows if r.provider == OURS)
-    figure.suptitle(f"{first.cpu}, {first.threads} threads, {first.instruction_set}; torch {first.torch}", fontsize=9)
+    where = f"{first.cpu}, {first.threads} threads, {first.instruction_set}"
+    figure.suptitle(f"{where if first.device in ('', 'cpu') else first.device}; torch {first.torch}", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
 
 
-_FLOOR = {"gram": "threaded read of the same bytes", "combine": "read K N + write N"}
-_TORCH = {"gram": "J @ J.T", "combine": "w @ J"}
+def _panel(axes: Any, rows: Sequence[Row], colors: Any) -> None:
+    """One kernel at one dtype: ours, torch, and what the memory gives."""
+    tasks = sorted({row.K for row in rows})
+    others = [name for name in _TORCH if any(row.provider == name for row in rows)][:1]
+    for place, num_tasks in enumerate(tasks):
+        color = colors(place / max(1, len(tasks) - 1) * 0.9)
+        for provider, style, width in ((OURS, "o-", 1.8), *((other, "x:", 1.0) for other in others)):
+            points = sorted((r.row_bytes, r.gb_per_s) for r in rows if r.K == num_tasks and r.provider == provider)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=color, lw=width, ms=4,
+                          label=f"K = {num_tasks}" if provider == OURS else None)  # fmt: skip
+    ours = [row for row in rows if row.provider == OURS and row.denominator_us]
+    if ours:
+        floor = sorted((row.row_bytes, _floor_rate(row)) for row in ours)
+        axes.plot(*zip(*floor, strict=True), "s", color="black", ms=3, mfc="none", label=_floor_name(ours[0]))
+    if others:
+        axes.plot([], [], "x:", color="gray", label=others[0])
+
+
+_KERNEL_TIMES = ("", "clock", "graph", "events")
+_TORCH = ("torch", "torch.mm float32 out", "torch.mm")
+
+
+def _floor_name(row: Row) -> str:
+    if row.denominator.startswith("copy"):
+        return row.denominator
+    return {"gram": "threaded read of the same bytes", "combine": "read K N + write N"}[row.kernel]
 
 
 def _floor_rate(row: Row) -> float:

@@ -24,6 +24,10 @@ class Row:
 
     ratio: median / that of the denominator. times_ours: median / the median of mtl-kernels on the same case.
     Both, and the verdict on the budget, are there only for results that were found correct.
+
+    On a GPU ``measure`` says what the time is of: "graph" or "events" for the kernels, "call" until a call returns to
+    the host, "latency" until the work of one call is done. "count" rows have no time: they say how many kernels a
+    call launches, how many copies and fills it makes, and how often the host waits for the device.
     """
 
     kernel: str
@@ -43,7 +47,13 @@ class Row:
     times_ours: float | None = None
     correct: bool | None = None
     error: float | None = None
+    measure: str = ""
+    batch: int | None = None
+    launches: int | None = None
+    copies: int | None = None
+    syncs: int | None = None
     machine: str = ""
+    device: str = ""
     cpu: str = ""
     threads: int = 0
     instruction_set: str = ""
@@ -51,6 +61,11 @@ class Row:
     mtl_kernels: str = ""
     commit: str = ""
     date: str = ""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all rows."""
+        return self.K * self.N * getattr(torch, self.dtype).itemsize
 
 
 def judge(row: Row, error: float, limit: float, budget: float | None, budget_in_us: bool) -> Row:
@@ -70,10 +85,15 @@ def judge(row: Row, error: float, limit: float, budget: float | None, budget_in_
 
 def compare(rows: Sequence[Row]) -> None:
     """Sets times_ours of the rows of one case, where both results are correct."""
-    ours = next((row for row in rows if row.provider == OURS), None)
     for row in rows:
+        ours = next((r for r in rows if r.provider == OURS and _kind(r) == _kind(row)), None)
         if ours is not None and row is not ours and row.correct and ours.correct:
             row.times_ours = row.median_us / ours.median_us
+
+
+def _kind(row: Row) -> str:
+    """What the row's time is of; kernels are kernels whichever way they were timed."""
+    return "kernel" if row.measure in ("graph", "events", "clock") else row.measure
 
 
 def cpu_name() -> str:
@@ -102,14 +122,15 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def environment(machine: str | None) -> dict[str, str | int]:
-    """The columns that say where and with what a row was measured."""
+def environment(machine: str | None, device: str = "cpu") -> dict[str, str | int]:
+    """The columns that say where and with what a row was measured; ``device`` is a GPU's name."""
     from mtl_kernels.config import config
 
     facts = config()
     threads = torch.get_num_threads()
     return {
-        "machine": machine or slug(f"{cpu_name()} {os.cpu_count()} cores"),
+        "machine": machine or slug(f"{cpu_name()} {os.cpu_count()} cores" if device == "cpu" else device),
+        "device": device,
         "cpu": cpu_name(),
         "threads": threads,
         "instruction_set": facts["instruction set"],

@@ -8,7 +8,8 @@ A convolutional trunk (3.5 M shared parameters) with K linear heads, batch 64. I
     torchjd          `torchjd.autojac` with the same aggregator, where it is installed
 
 The forward pass is in all of them. Optimizer steps are in none. Every row is checked: the gradients of the trunk agree
-with a float64 combination of rows from `torch.autograd.grad`, or the row shows no ratio.
+with a float64 combination of rows from `torch.autograd.grad`, or the row shows no ratio. On a GPU a repeat ends when
+its work is done, the combination is timed between events, and its kernels, copies and waits of the host are counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import csv
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mtl_kernels
-from benchmarks import results, timing
+from benchmarks import device, results, timing
+from benchmarks.device import Device, Host
 from mtl_optim import MGDA, Method, MultiTaskOptimizer, PCGrad
 
 BUDGET = 1.05
@@ -52,15 +53,16 @@ class Network(nn.Module):
 class Workload:
     """One network with its batch, and the ways to get its gradients."""
 
-    def __init__(self, num_tasks: int, method: Method) -> None:
+    def __init__(self, num_tasks: int, method: Method, where: Device | None = None) -> None:
+        self.where = where or Host()
         generator = torch.Generator().manual_seed(num_tasks)
         torch.manual_seed(num_tasks)
-        self.network = Network(num_tasks)
-        self.images = torch.randn(64, 3, 32, 32, generator=generator)
-        self.labels = torch.randint(10, (num_tasks, 64), generator=generator)
+        self.network = Network(num_tasks).to(self.where.device)
+        self.images = torch.randn(64, 3, 32, 32, generator=generator).to(self.where.device)
+        self.labels = torch.randint(10, (num_tasks, 64), generator=generator).to(self.where.device)
         self.method = method
         self.optimizer = MultiTaskOptimizer(torch.optim.SGD(self.network.parameters(), lr=0.0), method)
-        self.combination: list[float] = []
+        self.combination: list[Callable[[], float]] = []
 
     def losses(self) -> list[Tensor]:
         self.network.zero_grad()
@@ -79,13 +81,24 @@ class Workload:
             rows.append([parameter.grad for parameter in parameters])
         return rows
 
-    def ours(self) -> None:
+    def capture(self) -> None:
         self.optimizer.zero_grad()
         losses = self.network.losses(self.images, self.labels)
         self.optimizer.backward(losses, accumulate=True)
-        begin = time.perf_counter()
+
+    def ours(self) -> None:
+        self.capture()
+        stop = self.where.stopwatch()
         self.optimizer.combine()
-        self.combination.append(time.perf_counter() - begin)
+        self.combination.append(stop())
+
+    def counts(self) -> device.Counts | None:
+        """What the combination launches, copies and waits for."""
+
+        def counted() -> None:
+            self.optimizer.combine()
+
+        return self.where.count(counted, before=self.capture)
 
     def torchjd(self) -> Callable[[], None] | None:
         try:
@@ -121,20 +134,34 @@ class Workload:
         return float((found - expected).norm() / expected.norm())
 
 
-def main() -> int:
+def until_done(call: Callable[[], object], where: Device) -> Callable[[], None]:
+    """The call and the wait for its work."""
+
+    def run() -> None:
+        call()
+        where.synchronize()
+
+    return run
+
+
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What combining gradients adds to a training step.")
     parser.add_argument("--tasks", type=int, nargs="+", default=[3, 8, 40], help="numbers of tasks (default: 3 8 40)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
     parser.add_argument("--machine", default=None, help="name of the file (default: from the processor's name)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="few repeats: a look, not a measurement")
-    arguments = parser.parse_args()
-    environment = results.environment(arguments.machine)
+    arguments = parser.parse_args(given)
+    where = device.find(arguments.device)
+    environment = results.environment(arguments.machine, where.name)
+    torch.backends.cudnn.deterministic = True  # or the rows that are checked would not be those that were combined
+    torch.backends.cudnn.allow_tf32 = False
     effort = timing.QUICK if arguments.quick else timing.Effort(15, 5, 1e-3, 12.0)
     print(mtl_kernels.show_config())
     rows = []
     for num_tasks in arguments.tasks:
         for method in (PCGrad(), MGDA()):
-            workload = Workload(num_tasks, method)
+            workload = Workload(num_tasks, method, where)
             correct = workload.error() < 1e-5
             functions: dict[str, Callable[[], object]] = {
                 "plain sum": workload.plain_sum,
@@ -143,8 +170,10 @@ def main() -> int:
             }
             if (peer := workload.torchjd()) is not None:
                 functions["torchjd"] = peer
-            timings = timing.measure(functions, effort)
-            combination = statistics.median(workload.combination)
+            timings = timing.measure({name: until_done(call, where) for name, call in functions.items()}, effort)
+            where.synchronize()
+            combination = statistics.median(read() for read in workload.combination)
+            counts = workload.counts()
             floor = timings["K backwards"].median
             for provider, found in timings.items():
                 ours = provider == "mtl-kernels"
@@ -160,6 +189,9 @@ def main() -> int:
                         "combine_ms": round(combination * 1e3, 3) if ours else "",
                         "ratio_to_K_backwards": "" if ratio is None else round(ratio, 3),
                         "within_budget": "" if ratio is None or not ours else ratio <= BUDGET,
+                        "launches": counts.kernels if ours and counts else "",
+                        "copies": counts.copies if ours and counts else "",
+                        "syncs": counts.syncs if ours and counts else "",
                         **environment,
                     }
                 )
