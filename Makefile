@@ -11,6 +11,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # Without a GPU a pinned version, of which a CPU build is found where there is one.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+# Comes with a GPU build of torch; on a CPU its interpreter and compiler are for the tests, which say what they skip.
+TRITON ?= triton==3.6.0
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
@@ -47,7 +49,7 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(BIN)clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 # Torch is there before the package asks for it, so that the package's own requirement downloads nothing.
 $(VENV)/.torch:
@@ -57,6 +59,7 @@ $(VENV)/.torch:
 
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet "$(TRITON)" || true
 	touch $@
 
 # The native modules are built in place, with the compiler and pybind11 that are there.

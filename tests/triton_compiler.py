@@ -29,13 +29,12 @@ TYPES = {
 TASKS = (2, 8, 16, 32, 64, 128)
 
 
-def kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+def kernels(blackwell: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     """Kind, function, constants and options of every kernel, each once."""
     for num_tasks in TASKS:
         for code in range(4):
-            shape = gram.configuration(num_tasks, code)
-            options = {"num_warps": shape.warps, "num_stages": shape.stages}
-            yield "gram", gram._partials_kernel, gram.constants(shape, code), options
+            shape = gram.configuration(num_tasks, code, blackwell)
+            yield "gram", gram._partials_kernel, gram.constants(shape, code), gram.options(shape)
         yield "sums", gram._sums_kernel, gram.sum_constants(shape), {"num_warps": gram.SUM_WARPS}
     for num_tasks in (2, 4, 8):
         for code in range(4):
@@ -48,6 +47,12 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
         for frank_wolfe in (False, True):
             all_constants = {**constants, "FRANK_WOLFE": frank_wolfe}
             yield "min_norm", min_norm._min_norm_kernel, all_constants, {"num_warps": warps}
+
+
+def _bytes_a_thread(constants: dict[str, Any], warps: int) -> int:
+    """What a thread loads of one tile of rows."""
+    elements = constants.get("TASKS", 1) * constants.get("SPLIT", 1) * constants.get("BLOCK", 0)
+    return int(elements * constants.get("ITEMSIZE", 0) // (32 * warps))
 
 
 def inspect(kind: str, function: Any, constants: dict[str, Any], options: dict[str, int], arch: int) -> dict[str, Any]:
@@ -63,6 +68,7 @@ def inspect(kind: str, function: Any, constants: dict[str, Any], options: dict[s
     return {
         "kind": kind,
         "constants": constants,
+        "bytes_a_thread": _bytes_a_thread(constants, options["num_warps"]),
         "cubin": len(cubin),
         "registers": int(re.findall(r"\bREG:(\d+)", code)[0]),
         "spilled": int(re.findall(r"\bSTACK:(\d+)", code)[0]),
@@ -72,4 +78,5 @@ def inspect(kind: str, function: Any, constants: dict[str, Any], options: dict[s
 
 
 if __name__ == "__main__":
-    print(json.dumps([inspect(*kernel, int(sys.argv[1])) for kernel in kernels()]))
+    arch = int(sys.argv[1])
+    print(json.dumps([inspect(*kernel, arch) for kernel in kernels(blackwell=arch >= 100)]))

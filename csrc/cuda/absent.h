@@ -1,7 +1,7 @@
 #pragma once
 
-// Absent rows beside rows that are not finite. The kernels read an absent row as zeros, and zero times infinity is
-// not zero; but what does not exist adds nothing, whatever the others hold.
+// Absent rows beside rows that are not finite. The kernels read an absent row as zeros, and zero times
+// infinity is not zero; but what does not exist adds nothing, whatever the others hold.
 
 #include <cfloat>
 
@@ -43,12 +43,14 @@ __device__ __noinline__ double pair_sum(const GramArgs& args, const Slice& slice
   return BlockTeam{}.sum(sum);
 }
 
-// Takes the pairs of a slice again whose sums are not finite, if an absent row may be why: rare, so slow is fine.
-// All threads of the block, after they have written `sums`.
+// Takes the pairs of a slice again whose sums are not finite, if an absent row may be why: rare, so slow is
+// fine. All threads of the block, after they have written `sums`.
 template <class T>
-__device__ __noinline__ void mend_absent_rows(const GramArgs& args, const Slice& slice, double* sums) {
+__device__ __noinline__ void mend_absent_rows(const GramArgs& args, std::int64_t slice_number, double* sums) {
+  const Slice& slice = args.slices[slice_number];
   bool bad = false;
-  for (int pair = static_cast<int>(threadIdx.x); pair < num_pairs(args.num_tasks); pair += static_cast<int>(blockDim.x))
+  for (int pair = static_cast<int>(threadIdx.x); pair < num_pairs(args.num_tasks);
+       pair += static_cast<int>(blockDim.x))
     bad = bad || !(fabs(sums[pair]) <= DBL_MAX);
   if (__syncthreads_or(bad) == 0 || !has_absent_rows(args, slice)) return;
   for (int i = 0; i < args.num_tasks; ++i) {

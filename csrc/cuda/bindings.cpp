@@ -1,5 +1,5 @@
-// The Python module _cuda: raw addresses, sizes and a stream in, nothing of torch. The caller has validated every
-// argument and keeps the memory alive. Loads on machines without a driver, and says what is missing.
+// The Python module _cuda: raw addresses, sizes and a stream in, nothing of torch. The caller has validated
+// every argument and keeps the memory alive. Loads on machines without a driver, and says what is missing.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,7 +47,8 @@ struct Sizes {
   Sizes(int num_tasks, std::vector<std::int64_t> numels_, const std::vector<int>& codes,
         std::vector<std::int32_t> groups_, int num_groups)
       : numels(std::move(numels_)), groups(std::move(groups_)), rows{} {
-    if (num_tasks < 1 || num_tasks > mtl::kMaxTasks) throw std::invalid_argument("number of tasks out of range");
+    if (num_tasks < 1 || num_tasks > mtl::kMaxTasks)
+      throw std::invalid_argument("number of tasks out of range");
     if (codes.size() != numels.size() || groups.size() != numels.size())
       throw std::invalid_argument("sizes, dtypes and groups do not fit together");
     for (int code : codes) {
@@ -56,8 +57,8 @@ struct Sizes {
     }
     for (std::int32_t group : groups)
       if (group < 0 || group >= num_groups) throw std::invalid_argument("group out of range");
-    rows = {num_tasks,     static_cast<std::int64_t>(numels.size()), nullptr, numels.data(),
-            dtypes.data(), groups.data()};
+    rows = {num_tasks,    static_cast<std::int64_t>(numels.size()), nullptr, numels.data(), dtypes.data(),
+            groups.data()};
   }
   Sizes(const Sizes&) = delete;
 };
@@ -105,8 +106,9 @@ std::optional<std::string> unsupported(int device) {
 }
 
 // The parts of a solver call that Python names; an empty name is no solver.
-SolverArguments solver_arguments(const std::string& name, int num_tasks, Address active, std::int64_t active_stride,
-                                 Address rng, bool advance_rng, const std::vector<double>& options, Address inputs,
+SolverArguments solver_arguments(const std::string& name, int num_tasks, Address active,
+                                 std::int64_t active_stride, Address rng, bool advance_rng,
+                                 const std::vector<double>& options, Address inputs,
                                  std::int64_t inputs_stride, Address weights, Address certificate) {
   SolverArguments arguments;
   arguments.name = name;
@@ -139,8 +141,8 @@ void gram(const GramPlan& plan, Address pointers, Address words, Address sums, A
       .run(stream_at(stream));
 }
 
-void combine(const CombinePlan& plan, Address pointers, Address outputs, Address words, Address weights, Address scale,
-             Address found_inf, bool accumulate, Address stream) {
+void combine(const CombinePlan& plan, Address pointers, Address outputs, Address words, Address weights,
+             Address scale, Address found_inf, bool accumulate, Address stream) {
   py::gil_scoped_release release;
   CombineCall{plan,
               at<const Address>(pointers),
@@ -153,7 +155,8 @@ void combine(const CombinePlan& plan, Address pointers, Address outputs, Address
       .run(stream_at(stream));
 }
 
-void solve(int device, SolverArguments& arguments, Address gram, std::int64_t batch, Address scratch, Address stream) {
+void solve(int device, SolverArguments& arguments, Address gram, std::int64_t batch, Address scratch,
+           Address stream) {
   arguments.gram = at<const double>(gram);
   py::gil_scoped_release release;
   mtl::cuda::solve(device, arguments, batch, at<double>(scratch), stream_at(stream));
@@ -170,8 +173,8 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
   py::class_<SolverArguments>(m, "SolverArguments").def(py::init(&solver_arguments));
 
   py::class_<GramPlan>(m, "GramPlan")
-      .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels, const std::vector<int>& codes,
-                       std::vector<std::int32_t> groups, int num_groups) {
+      .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels,
+                       const std::vector<int>& codes, std::vector<std::int32_t> groups, int num_groups) {
         const Sizes sizes(num_tasks, std::move(numels), codes, std::move(groups), num_groups);
         return GramPlan(device, sizes.rows, num_groups);
       }))
@@ -181,17 +184,19 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
       .def("scratch_doubles", &GramPlan::scratch_doubles);
 
   py::class_<CombinePlan>(m, "CombinePlan")
-      .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels, const std::vector<int>& codes,
-                       std::vector<std::int32_t> groups, int num_groups, const std::vector<int>& outputs) {
+      .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels,
+                       const std::vector<int>& codes, std::vector<std::int32_t> groups, int num_groups,
+                       const std::vector<int>& outputs) {
         const Sizes sizes(num_tasks, std::move(numels), codes, std::move(groups), num_groups);
-        if (outputs.size() != sizes.numels.size()) throw std::invalid_argument("one output per parameter expected");
+        if (outputs.size() != sizes.numels.size())
+          throw std::invalid_argument("one output per parameter expected");
         return CombinePlan(device, sizes.rows, num_groups, outputs);
       }))
       .def_property_readonly("words", [](const CombinePlan& plan) { return as_bytes(plan.words()); });
 
-  m.def("gram", &gram, py::arg("plan"), py::arg("pointers"), py::arg("words"), py::arg("sums"), py::arg("counters"),
-        py::arg("gram"), py::arg("norms"), py::arg("cosines"), py::arg("solver").none(true), py::arg("scratch"),
-        py::arg("stream"));
+  m.def("gram", &gram, py::arg("plan"), py::arg("pointers"), py::arg("words"), py::arg("sums"),
+        py::arg("counters"), py::arg("gram"), py::arg("norms"), py::arg("cosines"),
+        py::arg("solver").none(true), py::arg("scratch"), py::arg("stream"));
   m.def("combine", &combine);
   m.def("solve_scratch", &mtl::cuda::solve_scratch);
   m.def("solve", &solve);

@@ -15,8 +15,8 @@ class BlockTeam {
   __device__ int size() const { return static_cast<int>(blockDim.x); }
   __device__ void sync() const { __syncthreads(); }
 
-  // Every thread adds in the same order, so that all of them hold the same bits. Functions of their own: a solver
-  // calls them dozens of times, and every gram kernel holds every solver.
+  // Every thread adds in the same order, so that all of them hold the same bits. Functions of their own: a
+  // solver calls them dozens of times, and every gram kernel holds every solver.
   __device__ __noinline__ double sum(double x) const {
     return reduce(x, [](double a, double b) { return a + b; });
   }
@@ -34,7 +34,8 @@ class BlockTeam {
     return {__shfl_xor_sync(kAllLanes, x.value, offset), __shfl_xor_sync(kAllLanes, x.index, offset)};
   }
 
-  // Lanes, then warps, in index order. The first barrier also ends the use of `parts` by the reduction before.
+  // Lanes, then warps, in index order. The first barrier also ends the use of `parts` by the reduction
+  // before.
   template <class T, class Join>
   __device__ static T reduce(T x, Join join) {
     __shared__ T parts[kMaxWarps];

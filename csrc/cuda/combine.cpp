@@ -22,13 +22,15 @@ CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const
   std::vector<Item> items;
   for (std::int64_t p = 0; p < rows.num_params; ++p) {
     if (outputs[p] < 0 || rows.numels[p] == 0) continue;
-    items.push_back({p, rows.numels[p], rows.groups[p], static_cast<int>(rows.dtypes[p]) * kNumDTypes + outputs[p]});
+    items.push_back(
+        {p, rows.numels[p], rows.groups[p], static_cast<int>(rows.dtypes[p]) * kNumDTypes + outputs[p]});
   }
   std::vector<Shape> shapes(kNumDTypes * kNumDTypes, Shape{1, 1, 1});
   for (const Item& item : items) {
     const CombineKernel kernel = kernel_of(item.kind);
     if (shapes[item.kind].step_columns != kernel.step_columns)
-      shapes[item.kind] = {kernel.step_columns, kernel.max_steps, wave(kernel.run, device, kernel.threads, 0)};
+      shapes[item.kind] = {kernel.step_columns, kernel.max_steps,
+                           wave(kernel.run, device, kernel.threads, 0)};
   }
   if (!items.empty()) plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));

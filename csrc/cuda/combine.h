@@ -27,8 +27,8 @@ class CombinePlan {
   std::vector<std::int64_t> blocks_;  // by part
 };
 
-// One call: all pointers but the plan are device memory. An output may be one of the parameter's rows, unless it
-// is added to, but may not overlap any other row or output.
+// One call: all pointers but the plan are device memory. An output may be one of the parameter's rows, unless
+// it is added to, but may not overlap any other row or output.
 struct CombineCall {
   const CombinePlan& plan;
   const std::uintptr_t* pointers;  // [K, P]

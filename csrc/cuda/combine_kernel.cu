@@ -1,8 +1,8 @@
 // combine: out = scale * sum_k w_k row_k, one pass over the rows, summed in double and rounded once.
 //
 // A thread loads 16 bytes of eight rows at a time, adds them up, and writes its columns when it has seen all
-// rows: so the output may be one of the rows. Tiles are taken in falling order, the reverse of gram's, because
-// what gram read last is what the L2 cache still holds.
+// rows: so the output may be one of the rows. Tiles are taken in falling order, the reverse of gram's,
+// because what gram read last is what the L2 cache still holds.
 #include <cfloat>
 
 #include "combine_kernels.h"
@@ -40,7 +40,8 @@ __device__ __forceinline__ void add_rows(const Operands& operands, int num_tasks
     for (int k = 0; k < kRowsAtATime; ++k) {
       if (first + k >= num_tasks || operands.rows[first + k] == 0) continue;
 #pragma unroll
-      for (int c = 0; c < Vector<In>::kElements; ++c) sums[c] += operands.weights[first + k] * loaded[k].exact(c);
+      for (int c = 0; c < Vector<In>::kElements; ++c)
+        sums[c] += operands.weights[first + k] * loaded[k].exact(c);
     }
   }
 }
@@ -61,8 +62,9 @@ __device__ __forceinline__ Out finished(double sum, bool accumulate, Out before,
 }
 
 template <class In, class Out>
-__device__ __forceinline__ void combine_tile(const CombineArgs& args, const Operands& operands, Out* out, bool aligned,
-                                             std::int64_t begin, std::int64_t end, bool* finite) {
+__device__ __forceinline__ void combine_tile(const CombineArgs& args, const Operands& operands, Out* out,
+                                             bool aligned, std::int64_t begin, std::int64_t end,
+                                             bool* finite) {
   constexpr int kElements = Vector<In>::kElements;
   using Outs = Pack<Out, kElements>;
   const std::int64_t whole = begin + (aligned ? (end - begin) / kElements * kElements : 0);
@@ -85,7 +87,7 @@ __device__ __forceinline__ void combine_tile(const CombineArgs& args, const Oper
 }
 
 template <class In, class Out>
-__global__ void __launch_bounds__(kThreads, 3) combine_rows(const __grid_constant__ CombineArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) combine_rows(const __grid_constant__ CombineArgs args) {
   __shared__ Operands operands;
   bool finite = true;
   for (std::int64_t n = blockIdx.x; n < args.num_slices; n += gridDim.x) {
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 3) combine_rows(const __grid_constan
               args.weights[slice.group * args.num_tasks + k] * (args.scale == nullptr ? 1.0 : *args.scale);
         }
         __syncthreads();
-        out = reinterpret_cast<Out*>(args.outputs[param]);
+        out = static_cast<Out*>(global_memory(args.outputs[param]));
         std::uintptr_t any = args.outputs[param];
         for (int k = 0; k < args.num_tasks; ++k) any |= operands.rows[k];
         aligned = any % 16 == 0;
@@ -131,10 +133,14 @@ CombineKernel kernel() {
 template <class In>
 CombineKernel kernel_to(DType output) {
   switch (output) {
-    case DType::kFloat32: return kernel<In, float>();
-    case DType::kFloat64: return kernel<In, double>();
-    case DType::kBFloat16: return kernel<In, BFloat16>();
-    default: return kernel<In, Float16>();
+    case DType::kFloat32:
+      return kernel<In, float>();
+    case DType::kFloat64:
+      return kernel<In, double>();
+    case DType::kBFloat16:
+      return kernel<In, BFloat16>();
+    default:
+      return kernel<In, Float16>();
   }
 }
 
@@ -142,10 +148,14 @@ CombineKernel kernel_to(DType output) {
 
 CombineKernel combine_kernel(DType rows, DType output) {
   switch (rows) {
-    case DType::kFloat32: return kernel_to<float>(output);
-    case DType::kFloat64: return kernel_to<double>(output);
-    case DType::kBFloat16: return kernel_to<BFloat16>(output);
-    default: return kernel_to<Float16>(output);
+    case DType::kFloat32:
+      return kernel_to<float>(output);
+    case DType::kFloat64:
+      return kernel_to<double>(output);
+    case DType::kBFloat16:
+      return kernel_to<BFloat16>(output);
+    default:
+      return kernel_to<Float16>(output);
   }
 }
 

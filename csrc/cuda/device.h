@@ -26,14 +26,16 @@ inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   std::string text = std::string(what) + ": " + cudaGetErrorString(status);
   if (status == cudaErrorNoKernelImageForDevice)
-    text += "; rebuild for this GPU: MTL_KERNELS_CUDA_ARCHS=native pip install --no-binary mtl-kernels mtl-kernels";
+    text +=
+        "; rebuild for this GPU: MTL_KERNELS_CUDA_ARCHS=native pip install --no-binary mtl-kernels "
+        "mtl-kernels";
   if (status == cudaErrorInsufficientDriver)
     text += "; the NVIDIA driver is older than the CUDA version of this build: update the driver";
   throw std::runtime_error(text);
 }
 
-// Makes a device current for a scope. Set even where it seems to be: this library's runtime is its own, and the
-// context may have been changed by another.
+// Makes a device current for a scope. Set even where it seems to be: this library's runtime is its own, and
+// the context may have been changed by another.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -61,12 +63,13 @@ struct Launch {
 template <class Args>
 void launch(void (*kernel)(Args), const Launch& where, Args args, const char* name) {
 #if defined(MTL_EMULATION)
-  check(emulated_launch(kernel, dim3(where.blocks), dim3(where.threads), where.shared_bytes, where.stream, args),
+  check(emulated_launch(kernel, dim3(where.blocks), dim3(where.threads), where.shared_bytes, where.stream,
+                        args),
         name);
 #else
   void* pointers[] = {&args};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(where.blocks), dim3(where.threads), pointers,
-                         where.shared_bytes, where.stream),
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(where.blocks), dim3(where.threads),
+                         pointers, where.shared_bytes, where.stream),
         name);
 #endif
 }

@@ -23,7 +23,9 @@ constexpr bool kIsHalf = std::is_same_v<T, BFloat16> || std::is_same_v<T, Float1
 
 __device__ __forceinline__ double to_double(double x) { return x; }
 __device__ __forceinline__ double to_double(float x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(BFloat16 x) {
+  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
 __device__ __forceinline__ float to_float(Float16 x) { return half_to_float(x.bits); }
 __device__ __forceinline__ double to_double(BFloat16 x) { return to_float(x); }
 __device__ __forceinline__ double to_double(Float16 x) { return to_float(x); }
@@ -86,14 +88,21 @@ struct alignas(16) Vector {
 // A row as the kernels see it: an address, 0 where the task does not reach the parameter.
 template <class T>
 __device__ __forceinline__ const T* element_at(std::uintptr_t row, std::int64_t column) {
-  return reinterpret_cast<const T*>(row) + column;
+  return static_cast<const T*>(global_memory(row)) + column;
 }
 
-// 16 bytes at an address that is a multiple of 16; zeros where there is no row.
+// 16 bytes at an address that is a multiple of 16. A uint4 is what the compiler is sure to load at once.
+template <class T>
+__device__ __forceinline__ Vector<T> load_words(const void* address) {
+  const uint4 words = *static_cast<const uint4*>(address);
+  return {{words.x, words.y, words.z, words.w}};
+}
+
+// The same of a row; zeros where there is none.
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(std::uintptr_t row, std::int64_t column) {
   if (row == 0) return {{0, 0, 0, 0}};
-  return *reinterpret_cast<const Vector<T>*>(element_at<T>(row, column));
+  return load_words<T>(element_at<T>(row, column));
 }
 
 template <class T>
@@ -101,9 +110,9 @@ __device__ __forceinline__ double load_element(std::uintptr_t row, std::int64_t 
   return row == 0 ? 0.0 : to_double(*element_at<T>(row, column));
 }
 
-// Whether squares of elements fit a float, given the bits of a row's words or-ed together: the row is zero, or
-// one of its elements is at least 2^-63 (an exponent of 64 or more shows in one of two bits). What is too large
-// shows in the sums. float16 always fits.
+// Whether squares of elements fit a float, given the bits of a row's words or-ed together: the row is zero,
+// or one of its elements is at least 2^-63 (an exponent of 64 or more shows in one of two bits). What is too
+// large shows in the sums. float16 always fits.
 template <class T>
 __device__ __forceinline__ bool in_float_range(unsigned bits) {
   if constexpr (std::is_same_v<T, Float16>) return true;

@@ -1,9 +1,10 @@
 #pragma once
 
-// What follows when a block has written the sums of its slice. The last slice of a pod adds up the pod, the last
-// pod of a group the group, always in the order of their numbers: who comes last changes nothing. The block that
-// completes a group writes its Gram matrix and goes on to the norms, the cosines and the solver, so that nothing
-// is left for another launch. Two levels keep the last block from reading the sums of every other block.
+// What follows when a block has written the sums of its slice. The last slice of a pod adds up the pod, the
+// last pod of a group the group, always in the order of their numbers: who comes last changes nothing. The
+// block that completes a group writes its Gram matrix and goes on to the norms, the cosines and the solver,
+// so that nothing is left for another launch. Two levels keep the last block from reading the sums of every
+// other block.
 
 #include "device.h"
 #include "gram_args.h"

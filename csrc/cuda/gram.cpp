@@ -29,11 +29,13 @@ GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
     items.push_back({p, rows.numels[p], rows.groups[p], kind});
   }
   for (int kind = 0; kind < kNumDTypes; ++kind) {
-    const bool used = std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.kind == kind; });
+    const bool used =
+        std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.kind == kind; });
     if (!used && !(items.empty() && kind == 0)) continue;
     const GramKernel kernel = gram_kernel(static_cast<DType>(kind), num_tasks_);
-    shapes[kind] = {kernel.step_columns, kernel.max_steps,
-                    wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes))};
+    shapes[kind] = {
+        kernel.step_columns, kernel.max_steps,
+        wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes))};
   }
   plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));

@@ -17,8 +17,8 @@ class GramPlan {
   GramPlan(int device, const RowTable& rows, int num_groups);
 
   const std::vector<std::int64_t>& words() const { return words_.all(); }  // to be copied to the device
-  std::int64_t sum_doubles() const;   // of workspace
-  std::int64_t num_counters() const;  // 32-bit, zero before the first launch
+  std::int64_t sum_doubles() const;                                        // of workspace
+  std::int64_t num_counters() const;                                  // 32-bit, zero before the first launch
   std::int64_t scratch_doubles(const SolverArguments& solver) const;  // of workspace, 0: none
 
  private:
@@ -41,9 +41,9 @@ struct GramCall {
   const std::int64_t* words;
   double* sums;
   unsigned* counters;
-  double* gram;     // [groups, K, K]
-  double* norms;    // [groups, K], or nullptr with cosines
-  double* cosines;  // [groups, K, K]
+  double* gram;                   // [groups, K, K]
+  double* norms;                  // [groups, K], or nullptr with cosines
+  double* cosines;                // [groups, K, K]
   const SolverArguments* solver;  // run on every group's Gram matrix, or nullptr
   double* scratch;
 

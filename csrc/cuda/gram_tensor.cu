@@ -1,17 +1,18 @@
 // Gram for more than eight rows, on the tensor cores.
 //
 // A block copies a few columns of every row to shared memory, asynchronously and some stages ahead; its warps
-// multiply what has arrived. Lane (g, t) = (lane / 4, lane % 4) of a warp reads 16 bytes of row g of a group of
-// eight rows, the t-th of four neighbouring ones. That is already the layout in which the tensor cores want a
-// row as an operand, left or right, because the order of the columns does not matter to a sum over them.
+// multiply what has arrived. Lane (g, t) = (lane / 4, lane % 4) of a warp reads 16 bytes of row g of a group
+// of eight rows, the t-th of four neighbouring ones. That is already the layout in which the tensor cores
+// want a row as an operand, left or right, because the order of the columns does not matter to a sum over
+// them.
 //
-// Float and double rows are multiplied in double: exact for float. 16-bit rows are multiplied in float, exactly,
-// and summed there over one tile (at most 128 columns a warp), then in double. Where the squares of a tile do
-// not fit a float the block takes the tile again, in double.
+// Float and double rows are multiplied in double: exact for float. 16-bit rows are multiplied in float,
+// exactly, and summed there over one tile (at most 128 columns a warp), then in double. Where the squares of
+// a tile do not fit a float the block takes the tile again, in double.
 //
 // Rows are cut into kBands bands of 16. A warp multiplies its own band with itself and with the next bands,
-// cyclically, so that all warps do alike; of two bands that lie half the circle apart each takes the product in
-// every other step. Warps beyond kBands work on further columns.
+// cyclically, so that all warps do alike; of two bands that lie half the circle apart each takes the product
+// in every other step. Warps beyond kBands work on further columns.
 #include <cfloat>
 #include <climits>
 
@@ -28,8 +29,11 @@ template <class T, int kBands_>
 struct Shape {
   static constexpr int kBands = kBands_;
   static constexpr int kRows = 16 * kBands;
-  static constexpr int kStreams = kBands == 1 ? 8 : kBands == 2 ? 4 : kBands == 3 ? (kIsHalf<T> ? 2 : 4)
-                                                  : kBands == 4 ? 2 : 1;  // of columns
+  static constexpr int kStreams = kBands == 1   ? 8
+                                  : kBands == 2 ? 4
+                                  : kBands == 3 ? (kIsHalf<T> ? 2 : 4)
+                                  : kBands == 4 ? 2
+                                                : 1;  // of columns
   static constexpr int kWarps = kBands * kStreams;
   static constexpr int kThreads = kWarp * kWarps;
   static constexpr int kDistances = kBands / 2 + 1;  // between bands that are multiplied, 0 included
@@ -43,7 +47,8 @@ struct Shape {
   static constexpr int kPitch = kStageBytes % 128 == 0 ? kStageBytes + 64 : kStageBytes;
   static constexpr int kBufferBytes = kRows * kPitch;
   static constexpr int kStages = kBands <= 4 ? 4 : 3;
-  static constexpr int kSharedBytes = kBufferBytes * (kStages + (kIsHalf<T> ? 1 : 0));  // one to take a tile again
+  static constexpr int kSharedBytes =
+      kBufferBytes * (kStages + (kIsHalf<T> ? 1 : 0));  // one to take a tile again
 
   static constexpr int kChunksPerRow = kStageBytes / 16;
   static constexpr int kChunks = kRows * kChunksPerRow / kThreads;  // that a thread copies per stage
@@ -56,8 +61,8 @@ struct Shape {
   static constexpr int kTileStages = kIsHalf<T> ? 4 / kSteps : 8;
 };
 
-// Copies the columns of a slice to shared memory, stage by stage. A thread copies the same 16 bytes of a stage,
-// in rows kRowStep apart.
+// Copies the columns of a slice to shared memory, stage by stage. A thread copies the same 16 bytes of a
+// stage, in rows kRowStep apart.
 template <class S, class T>
 class Copier {
  public:
@@ -120,10 +125,11 @@ class Copier {
     std::uintptr_t any = 0;
 #pragma unroll
     for (int i = 0; i < S::kChunks; ++i) {
-      const std::uintptr_t row =
-          row_pointer(args_.pointers, args_.num_params, args_.num_tasks, first_row() + i * kRowStep, span.param);
+      const std::uintptr_t row = row_pointer(args_.pointers, args_.num_params, args_.num_tasks,
+                                             first_row() + i * kRowStep, span.param);
       any |= row;
-      from_[i] = row == 0 ? nullptr : reinterpret_cast<const unsigned char*>(element_at<T>(row, begin)) + place();
+      from_[i] =
+          row == 0 ? nullptr : reinterpret_cast<const unsigned char*>(element_at<T>(row, begin)) + place();
     }
     alignment_ = any % 16 == 0 ? 16 : any % 4 == 0 ? 4 : 2;
     const std::int64_t columns = span.columns - begin;
@@ -132,7 +138,8 @@ class Copier {
             place();
   }
 
-  // 16 bytes, of which the first `valid` are there and the others zero, in pieces as wide as the address allows.
+  // 16 bytes, of which the first `valid` are there and the others zero, in pieces as wide as the address
+  // allows.
   __device__ __forceinline__ void copy_chunk(unsigned char* to, const unsigned char* from, int valid) const {
     if (alignment_ == 16) {
       copy_async<16>(to, from, valid);
@@ -177,34 +184,36 @@ struct Share {
   __device__ bool takes_far(int step) const { return (step % 2 == 0) == (band < S::kBands / 2); }
 };
 
-__device__ __forceinline__ void mma_half(BFloat16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                         unsigned b0, unsigned b1) {
+__device__ __forceinline__ void mma_half(BFloat16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                         unsigned a3, unsigned b0, unsigned b1) {
   mma_bfloat16(c, a0, a1, a2, a3, b0, b1);
 }
-__device__ __forceinline__ void mma_half(Float16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                         unsigned b0, unsigned b1) {
+__device__ __forceinline__ void mma_half(Float16, float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                         unsigned a3, unsigned b0, unsigned b1) {
   mma_float16(c, a0, a1, a2, a3, b0, b1);
 }
 
 template <class T>
 __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector<T>& other, double (&c)[4]) {
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i) mma_double(c, own[0].exact(i), own[1].exact(i), other.exact(i));
+  for (int i = 0; i < Vector<T>::kElements; ++i)
+    mma_double(c, own[0].exact(i), own[1].exact(i), other.exact(i));
 }
 
 template <class T>
 __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector<T>& other, float (&c)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    mma_half(T{}, c, own[0].words[i], own[1].words[i], own[0].words[i + 1], own[1].words[i + 1], other.words[i],
-             other.words[i + 1]);
+    mma_half(T{}, c, own[0].words[i], own[1].words[i], own[0].words[i + 1], own[1].words[i + 1],
+             other.words[i], other.words[i + 1]);
   }
 }
 
-// A band with itself: its second group of columns needs no product with the rows of the first, which are above
-// the diagonal there.
+// A band with itself: its second group of columns needs no product with the rows of the first, which are
+// above the diagonal there.
 template <class T>
-__device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], double (&first)[4], double (&second)[4]) {
+__device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], double (&first)[4],
+                                             double (&second)[4]) {
 #pragma unroll
   for (int i = 0; i < Vector<T>::kElements; ++i) {
     mma_double(first, own[0].exact(i), own[1].exact(i), own[0].exact(i));
@@ -213,7 +222,8 @@ __device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], double (
 }
 
 template <class T>
-__device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], float (&first)[4], float (&second)[4]) {
+__device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], float (&first)[4],
+                                             float (&second)[4]) {
   multiply<T>(own, own[0], first);
   multiply<T>(own, own[1], second);
 }
@@ -224,27 +234,28 @@ __device__ __forceinline__ void multiply_stage(const Share<S>& share, int stage,
                                                Sum (&sums)[S::kGroups][4], unsigned (&bits)[2]) {
 #pragma unroll 1
   for (int step = 0; step < S::kSteps; ++step) {
-    const unsigned char* place = buffer + share.g * S::kPitch + (step * S::kStreams + share.stream) * 64 + share.t * 16;
+    const unsigned char* place =
+        buffer + share.g * S::kPitch + (step * S::kStreams + share.stream) * 64 + share.t * 16;
     Vector<T> own[2];
 #pragma unroll
     for (int group = 0; group < S::kGroups; ++group) {
       const bool far = S::kHasFar && group >= S::kGroups - 2;
       if (far && !share.takes_far(stage * S::kSteps + step)) continue;
-      const auto* from = reinterpret_cast<const Vector<T>*>(place + share.first_row(group) * S::kPitch);
+      const unsigned char* from = place + share.first_row(group) * S::kPitch;
       if (group < 2) {
-        own[group] = *from;
+        own[group] = load_words<T>(from);
         bits[group] |= own[group].words[0] | own[group].words[1] | own[group].words[2] | own[group].words[3];
         if (group == 1) multiply_own<T>(own, sums[0], sums[1]);
       } else {
-        const Vector<T> other = *from;
+        const Vector<T> other = load_words<T>(from);
         multiply<T>(own, other, sums[group]);
       }
     }
   }
 }
 
-// Whether no thread of the block has reason to distrust the sums of a tile in float: none overflowed, and no row
-// is so small that its squares underflowed.
+// Whether no thread of the block has reason to distrust the sums of a tile in float: none overflowed, and no
+// row is so small that its squares underflowed.
 template <class S, class T>
 __device__ __forceinline__ bool trusted(const float (&sums)[S::kGroups][4], const unsigned (&bits)[2]) {
   bool good = true;
@@ -369,13 +380,15 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
     // Streams add up the same pairs, and so do the two halves of the circle: one after the other.
     for (int turn = 0; turn < 2 * S::kStreams; ++turn) {
       __syncthreads();
-      if (turn == 2 * share.stream + (2 * share.band >= S::kBands ? 1 : 0)) add_to_triangle<S>(share, sums, triangle);
+      if (turn == 2 * share.stream + (2 * share.band >= S::kBands ? 1 : 0))
+        add_to_triangle<S>(share, sums, triangle);
     }
     __syncthreads();
     double* out = args.slice_sums + slice_number * pairs;
-    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads) out[pair] = triangle[pair];
+    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads)
+      out[pair] = triangle[pair];
     __syncthreads();
-    mend_absent_rows<T>(args, slice, out);
+    mend_absent_rows<T>(args, slice_number, out);
     finish(args, slice_number);
     __syncthreads();
   }
@@ -403,10 +416,14 @@ GramKernel kernel_for(int num_tasks) {
 
 GramKernel tensor_kernel(DType dtype, int num_tasks) {
   switch (dtype) {
-    case DType::kFloat32: return kernel_for<float>(num_tasks);
-    case DType::kFloat64: return kernel_for<double>(num_tasks);
-    case DType::kBFloat16: return kernel_for<BFloat16>(num_tasks);
-    default: return kernel_for<Float16>(num_tasks);
+    case DType::kFloat32:
+      return kernel_for<float>(num_tasks);
+    case DType::kFloat64:
+      return kernel_for<double>(num_tasks);
+    case DType::kBFloat16:
+      return kernel_for<BFloat16>(num_tasks);
+    default:
+      return kernel_for<Float16>(num_tasks);
   }
 }
 

@@ -1,10 +1,11 @@
 // Gram for up to eight rows: every thread holds the whole triangle for its own columns.
 //
-// A thread loads 16 bytes of every row, so a warp reads 512 bytes of each at once, and multiplies in registers.
-// Products of float and double rows are taken in double: with K <= 8 that is at most 36 fused multiply-adds for
-// 32 bytes, a third of what an A100 or H200 can do while it reads them. Products of 16-bit rows are exact in
-// float and are added there over one tile, at most 32 of them, then in double. A thread whose sums in float
-// cannot be trusted (a square under- or overflowed) takes its columns of the tile again, in double.
+// A thread loads 16 bytes of every row, so a warp reads 512 bytes of each at once, and multiplies in
+// registers. Products of float and double rows are taken in double: with K <= 8 that is at most 36 fused
+// multiply-adds for 32 bytes, a third of what an A100 or H200 can do while it reads them. Products of 16-bit
+// rows are exact in float and are added there over one tile, at most 32 of them, then in double. A thread
+// whose sums in float cannot be trusted (a square under- or overflowed) takes its columns of the tile again,
+// in double.
 #include <cfloat>
 
 #include "absent.h"
@@ -23,7 +24,9 @@ constexpr int kPairs = K * (K + 1) / 2;
 
 // Steps whose loads are issued together: enough bytes in flight for few rows too.
 template <int K>
-constexpr int kBatch = K <= 2 ? 4 : K <= 4 ? 2 : 1;
+constexpr int kBatch = K <= 2   ? 4
+                       : K <= 4 ? 2
+                                : 1;
 
 // Batches of a tile. For 16-bit rows a tile is also the run of sums in float, 32 products long.
 template <class T, int K>
@@ -55,7 +58,8 @@ template <class T, int K>
 __device__ __forceinline__ void add_products(const Vector<T> (&rows)[K], float (&sums)[kPairs<K>],
                                              unsigned (&bits)[K]) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) bits[k] |= rows[k].words[0] | rows[k].words[1] | rows[k].words[2] | rows[k].words[3];
+  for (int k = 0; k < K; ++k)
+    bits[k] |= rows[k].words[0] | rows[k].words[1] | rows[k].words[2] | rows[k].words[3];
 #pragma unroll
   for (int c = 0; c < Vector<T>::kElements; ++c) {
     float x[K];
@@ -65,8 +69,8 @@ __device__ __forceinline__ void add_products(const Vector<T> (&rows)[K], float (
   }
 }
 
-// The columns of one tile, as one thread sees them: vectors from `first` to `whole`, kStep apart and a batch at
-// a time, then single elements, kThreads apart, up to `end`.
+// The columns of one tile, as one thread sees them: vectors from `first` to `whole`, kStep apart and a batch
+// at a time, then single elements, kThreads apart, up to `end`.
 template <class T, int K>
 struct Columns {
   std::uintptr_t rows[K];
@@ -98,7 +102,8 @@ struct Columns {
 };
 
 template <class T, int K>
-__device__ __forceinline__ void add_tile(const Columns<T, K>& columns, bool in_float, double (&sums)[kPairs<K>]) {
+__device__ __forceinline__ void add_tile(const Columns<T, K>& columns, bool in_float,
+                                         double (&sums)[kPairs<K>]) {
   columns.add_rest(sums);
   if (kIsHalf<T> && in_float) {
     float tile_sums[kPairs<K>] = {};
@@ -140,7 +145,10 @@ __device__ __forceinline__ void write_block_sums(double (&sums)[kPairs<K>], int 
 }
 
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads, K <= 4 ? 4 : kIsHalf<T> ? 2 : 3) gram_triangle(const __grid_constant__ GramArgs args) {
+__global__ void __launch_bounds__(kThreads, K <= 4       ? 4
+                                            : kIsHalf<T> ? 2
+                                                         : 3)
+    gram_triangle(const __grid_constant__ GramArgs args) {
   for (std::int64_t n = blockIdx.x; n < args.num_slices; n += gridDim.x) {
     const std::int64_t slice_number = args.first_slice + n;
     const Slice slice = args.slices[slice_number];
@@ -162,13 +170,13 @@ __global__ void __launch_bounds__(kThreads, K <= 4 ? 4 : kIsHalf<T> ? 2 : 3) gra
       const std::int64_t left = walk.span().columns - begin;
       const std::int64_t length = left < args.tile_columns ? left : args.tile_columns;
       columns.first = begin + static_cast<std::int64_t>(threadIdx.x) * Vector<T>::kElements;
-      columns.whole = begin + (aligned ? length / (kBatch<K> * kStep<T>) * (kBatch<K> * kStep<T>) : 0);
+      columns.whole = begin + (aligned ? length / (kBatch<K> * kStep<T>)*(kBatch<K> * kStep<T>) : 0);
       columns.end = begin + length;
       add_tile<T, K>(columns, slice.columns >= kFloatColumns, sums);
     }
     double* out = args.slice_sums + slice_number * num_pairs(args.num_tasks);
     write_block_sums<K>(sums, args.num_tasks, out);
-    mend_absent_rows<T>(args, slice, out);
+    mend_absent_rows<T>(args, slice_number, out);
     finish(args, slice_number);
   }
 }
@@ -189,10 +197,14 @@ GramKernel kernel_for(int num_tasks) {
 
 GramKernel triangle_kernel(DType dtype, int num_tasks) {
   switch (dtype) {
-    case DType::kFloat32: return kernel_for<float>(num_tasks);
-    case DType::kFloat64: return kernel_for<double>(num_tasks);
-    case DType::kBFloat16: return kernel_for<BFloat16>(num_tasks);
-    default: return kernel_for<Float16>(num_tasks);
+    case DType::kFloat32:
+      return kernel_for<float>(num_tasks);
+    case DType::kFloat64:
+      return kernel_for<double>(num_tasks);
+    case DType::kBFloat16:
+      return kernel_for<BFloat16>(num_tasks);
+    default:
+      return kernel_for<Float16>(num_tasks);
   }
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// The host's plan of a launch: how columns become tiles, tiles slices, and slices the work of blocks. It depends
-// on sizes, never on addresses, and runs without a GPU.
+// The host's plan of a launch: how columns become tiles, tiles slices, and slices the work of blocks. It
+// depends on sizes, never on addresses, and runs without a GPU.
 
 #include <cstdint>
 #include <vector>
@@ -41,8 +41,8 @@ struct Plan {
   std::vector<Part> parts;  // one launch each
 };
 
-// `shapes` is indexed by kind. Every group below `num_groups` gets at least one slice, if an empty one, so that
-// every one has a last slice to finish.
+// `shapes` is indexed by kind. Every group below `num_groups` gets at least one slice, if an empty one, so
+// that every one has a last slice to finish.
 Plan make_plan(std::vector<Item> items, std::int64_t num_groups, const std::vector<Shape>& shapes);
 
 }  // namespace mtl::cuda

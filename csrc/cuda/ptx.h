@@ -1,6 +1,7 @@
 #pragma once
 
-// Every instruction that has no name in CUDA C++: PTX on a device, a twin of the same meaning in the emulation.
+// Every instruction that has no name in CUDA C++: PTX on a device, a twin of the same meaning in the
+// emulation.
 
 #include "device.h"
 
@@ -28,9 +29,11 @@ template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid)
+                 : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(valid)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes),
+                 "r"(valid)
                  : "memory");
   }
 }
@@ -49,6 +52,11 @@ __device__ __forceinline__ void copy_wait() {
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
+}
+
+// The global memory at an address that came as a number. Said this way, the compiler knows that it is global.
+__device__ __forceinline__ void* global_memory(std::uintptr_t address) {
+  return __cvta_global_to_generic(address);
 }
 
 __device__ __forceinline__ double join_double(unsigned low, unsigned high) {
@@ -83,10 +91,10 @@ __device__ __forceinline__ void mma_double_lower(double& c0, double& c1, double 
       : "d"(a1), "d"(b));
 }
 
-// C += A B in float, k = 16: a0, a1 hold two columns of rows g and g + 8, a2, a3 two further columns; b0, b1 the
-// same of column g of B. Which columns those are does not matter as long as A and B agree.
-__device__ __forceinline__ void mma_bfloat16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                                             unsigned b0, unsigned b1) {
+// C += A B in float, k = 16: a0, a1 hold two columns of rows g and g + 8, a2, a3 two further columns; b0, b1
+// the same of column g of B. Which columns those are does not matter as long as A and B agree.
+__device__ __forceinline__ void mma_bfloat16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
+                                             unsigned a3, unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

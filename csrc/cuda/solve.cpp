@@ -42,7 +42,8 @@ std::int64_t scratch_of(const SolverArguments& arguments) {
 
 SolverCall make_call(const SolverArguments& arguments, double* scratch) {
   SolverCall call{};
-  call.solver = find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr).position;
+  call.solver =
+      find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr).position;
   call.num_tasks = arguments.num_tasks;
   call.gram = arguments.gram;
   call.active = arguments.active;
@@ -65,7 +66,8 @@ std::int64_t solve_scratch(int device, const SolverArguments& arguments, std::in
   return batch == 0 ? 0 : make_plan(device, arguments, batch).scratch_doubles;
 }
 
-void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch, cudaStream_t stream) {
+void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch,
+           cudaStream_t stream) {
   const DeviceGuard guard(device);
   const SolverCall call = make_call(arguments, scratch);
   if (batch == 0) return;

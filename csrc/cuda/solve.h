@@ -34,6 +34,7 @@ SolverCall make_call(const SolverArguments& arguments, double* scratch);
 std::int64_t solve_scratch(int device, const SolverArguments& arguments, std::int64_t batch);
 
 // Solves gram [batch, K, K] on the stream. One block a problem.
-void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch, cudaStream_t stream);
+void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch,
+           cudaStream_t stream);
 
 }  // namespace mtl::cuda

@@ -26,7 +26,8 @@ struct Slice {
   std::int64_t pod;
 };
 
-// Neighbouring slices of a group, whose last one to finish adds up all of them, in the order of their numbers.
+// Neighbouring slices of a group, whose last one to finish adds up all of them, in the order of their
+// numbers.
 struct Pod {
   std::int64_t first_slice;
   std::int64_t num_slices;

@@ -6,7 +6,9 @@ namespace {
 // What other streams may do while one of this thread is captured.
 class RelaxedCapture {
  public:
-  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+  RelaxedCapture() {
+    check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+  }
   ~RelaxedCapture() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
   RelaxedCapture(const RelaxedCapture&) = delete;
 
@@ -16,7 +18,9 @@ class RelaxedCapture {
 
 class OwnStream {
  public:
-  OwnStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"); }
+  OwnStream() {
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  }
   ~OwnStream() { static_cast<void>(cudaStreamDestroy(stream_)); }
   OwnStream(const OwnStream&) = delete;
   cudaStream_t get() const { return stream_; }

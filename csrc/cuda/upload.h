@@ -4,9 +4,9 @@
 
 namespace mtl::cuda {
 
-// A copy of host memory on a device, there when the constructor returns. Allowed while a stream is being captured
-// into a graph: nothing of it becomes part of the graph. The memory is not from a pool, for memory of a graph's pool
-// may have been used, and be written to at every replay, by what was captured before.
+// A copy of host memory on a device, there when the constructor returns. Allowed while a stream is being
+// captured into a graph: nothing of it becomes part of the graph. The memory is not from a pool, for memory
+// of a graph's pool may have been used, and be written to at every replay, by what was captured before.
 class DeviceCopy {
  public:
   DeviceCopy(int device, const void* from, std::size_t bytes);

@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import math
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,14 +51,17 @@ class TritonBackend:
     fused = False
 
     def missing(self) -> str | None:
-        if (reason := _import_error()) is not None:
-            return reason
-        if _kernels("common").INTERPRETED or torch.cuda.is_available():
-            return None
-        return (
+        no_gpu = (
             "torch finds no GPU; on a CPU the kernels run only in Triton's interpreter, for tests: "
             "set TRITON_INTERPRET=1 before triton is imported"
         )
+        # Where nothing could come of it, triton is not imported: the automatic choice asks here on every machine.
+        idle = "triton" not in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+        if idle and not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+            return no_gpu
+        if (reason := _import_error()) is not None:
+            return reason
+        return None if _kernels("common").INTERPRETED or torch.cuda.is_available() else no_gpu
 
     def refusal(self, device: torch.device) -> str | None:
         expected = "cpu" if _kernels("common").INTERPRETED else "cuda"

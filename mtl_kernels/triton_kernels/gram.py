@@ -1,5 +1,6 @@
 """Gram matrices: one launch per dtype writes a partial sum per program, a second kernel adds them in index order."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,23 +36,42 @@ class Configuration(NamedTuple):
     max_chunks: int
 
 
-def configuration(num_tasks: int, code: int) -> Configuration:
-    """The fixed table of shapes, by number of tasks and dtype."""
-    stages = 4 if code in (BFLOAT16.value, FLOAT16.value) else 3
+def configuration(num_tasks: int, code: int, blackwell: bool) -> Configuration:
+    """The fixed table of shapes, by number of tasks, dtype and generation.
+
+    On Blackwell GPUs Triton multiplies float64 without tensor cores, which takes more registers, and so more warps;
+    for 4 or 8 warps and 64 rows it does not compile.
+    """
+    half = code in (BFLOAT16.value, FLOAT16.value)
+    stages = 4 if half else 3
+    more = blackwell and not half
     for tasks in (2, 8, 16):
         if num_tasks <= tasks:
-            return Configuration(tasks, 16 // tasks, 32, 16, 1, 1, stages, 4224)
+            return Configuration(tasks, 16 // tasks, 32, 16, 1, 4 if more else 1, stages, 4224)
     if num_tasks <= 32:
-        return Configuration(32, 1, 32, 16, 1, 4, stages, 1056)
+        return Configuration(32, 1, 32, 16, 1, 8 if more else 4, stages, 1056)
     if num_tasks <= PANEL:
-        return Configuration(PANEL, 1, 32, 16, 1, 8, stages, 264)
-    return Configuration(PANEL, 1, 16 if code == FLOAT64.value else 32, 16, 2, 8, stages, 264)
+        return Configuration(PANEL, 1, 32, 16, 1, 16 if more else 8, stages, 264)
+    block = 16 if blackwell or code == FLOAT64.value else 32
+    return Configuration(PANEL, 1, block, 16, 2, 16 if more else 8, stages, 264)
+
+
+def options(shape: Configuration) -> dict[str, int]:
+    """How a kernel of partial sums is compiled: without the limit, ptxas rather spills than use more registers."""
+    limit = {} if torch.version.hip or shape.warps > 8 else {"maxnreg": 255}
+    return {"num_warps": shape.warps, "num_stages": shape.stages, **limit}
+
+
+@functools.cache
+def is_blackwell(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     """Writes the Gram matrix of each group of parameters to ``out``, zeroed float64 ``[S, K, K]``."""
     num_tasks, device = table.num_tasks, table.device
-    shape = configuration(num_tasks, 0)  # what the partial sums look like is the same for every dtype
+    blackwell = is_blackwell(device)
+    shape = configuration(num_tasks, 0, blackwell)  # what the partial sums look like is the same for every dtype
     work = tables.work(table, groups, shape.max_chunks)
     if not work.launches:
         return
@@ -59,7 +79,7 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     pairs = shape.panels * (shape.panels + 1) // 2
     partials = torch.empty(work.num_slots * pairs * shape.tasks**2, dtype=torch.float64, device=device)
     for launch in work.launches:
-        shape = configuration(num_tasks, launch.code)
+        shape = configuration(num_tasks, launch.code, blackwell)
         _partials_kernel[launch.num_chunks, pairs](
             partials,
             pointers,
@@ -68,8 +88,7 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
             num_tasks,
             table.num_params,
             **constants(shape, launch.code),
-            num_warps=shape.warps,
-            num_stages=shape.stages,
+            **options(shape),
         )
     sums = sum_constants(shape)
     _sums_kernel[out.shape[0], triton.cdiv(num_tasks**2, sums["ENTRIES"])](

@@ -268,14 +268,15 @@ def _active_set(
             unswept = unswept & (task != k)
         if due > 0:
             product = _times(gram, inverse_norm * y, inside, num_tasks, ROWS) * inverse_norm
-            value = tl.sum(y * product, axis=0)
+            value = tl.sum(tl.where(y > 0, y * product, 0.0), axis=0)
             length = tl.sum(y, axis=0)
             # What changes nothing is kept, but a row may enter once only until w'Gw falls by more than its rounding.
             shorter = tl.minimum(length, best_length)
             noise = rounding * shorter * shorter
             if value < best_value - noise:
                 entered = task < 0
-            if value <= best_value + noise:
+            # The first point is kept whatever its value, so that there always is one to go back to.
+            if (value <= best_value + noise) | (best_value == INFINITY):
                 best = y
                 best_value = tl.minimum(value, best_value)
                 best_length = length

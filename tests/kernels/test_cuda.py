@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
-import emulated
 import pytest
 import torch
 from exact import make_rows
 
+import emulated
 import mtl_kernels as mk
 from mtl_kernels.backends import BACKENDS, cuda
 from mtl_kernels.rows import RowTable

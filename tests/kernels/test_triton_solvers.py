@@ -78,3 +78,20 @@ def test_an_empty_batch() -> None:
     gram = torch.zeros(0, 3, 3, dtype=torch.float64)
     assert mk.pcgrad_weights(gram, order="fixed", backend="triton").shape == (0, 3)
     assert mk.min_norm_weights(gram, backend="triton").weights.shape == (0, 3)
+
+
+@pytest.mark.parametrize("solver", ["exact", "frank_wolfe"])
+@pytest.mark.parametrize("diagonal", [(1e308, 1.7e308), (6e307, 1e308), (5e-324, 1e-310), (1e-320, 1.0)])
+def test_the_ends_of_the_range(solver: str, diagonal: tuple[float, float]) -> None:
+    gram = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    found = mk.min_norm_weights(gram, solver=solver, backend="triton")
+    expected = mk.reference.min_norm_weights(gram, solver=solver)
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-12, atol=1e-12)
+    assert found.gap.isfinite() and found.gap <= 1e-6 * gram.max()
+
+
+def test_a_matrix_that_is_no_gram_matrix_ends() -> None:
+    for off in (1e300, -1e300, 1e150):
+        gram = torch.tensor([[1e-320, off], [off, 1.0]], dtype=torch.float64)
+        weights = mk.min_norm_weights(gram, backend="triton").weights
+        assert weights.shape == (2,)

@@ -133,9 +133,7 @@ def _read(cubin: Path, threads: dict[str, int]) -> list[Kernel]:
     arch = int(re.findall(r"sm_(\d+)", cubin.name)[0])
     kernels: dict[str, Kernel] = {}
     usage = "".join(_lines(tool("cuobjdump"), "--dump-resource-usage", cubin))
-    for symbol, registers, stack, shared in re.findall(
-        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
-    ):
+    for symbol, registers, stack, shared in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage):
         name = _kernel_of(symbol)
         kernels[symbol] = Kernel(name, arch, int(registers), int(stack), int(shared), threads[name])
     counts: Counter[str] = Counter()

@@ -194,18 +194,23 @@ void test_odd_tile(DType dtype, int K, int offset, int tile, double scale) {
   expect_gram(table, run(table).gram, 1e-15L);
 }
 
+// An element of the last row is not finite, of columns that the first row has no part in.
 void test_not_finite(DType dtype, int K, double value) {
-  const Table table = tiled(dtype, K, 0, [&](int k, int, std::int64_t n) {
-    return k == K - 1 && n == 17 ? value : draw_exact() + 5;
-  });
+  const std::int64_t step = mtl::cuda::gram_kernel(dtype, K).step_columns;
+  const Table table(
+      K, 1, {{dtype, 20}, {dtype, step + 9}, {dtype, 5}},
+      [](int k, std::size_t p) { return k > 0 || p != 1; },
+      [&](int k, std::size_t p, std::int64_t n) {
+        return k == K - 1 && p == 1 && n == 17 ? value : draw_exact() + 5;
+      });
   const std::vector<double> gram = run(table).gram;
   const Table::Grams grams = table.grams();
   for (int i = 0; i < K; ++i) {
     for (int j = 0; j < K; ++j) {
+      const bool touched = (i == K - 1 && j > 0) || (j == K - 1 && i > 0);
       const double found = gram[i * K + j];
-      const bool touched = i == K - 1 || j == K - 1;
       expect(touched ? !std::isfinite(found) : found == static_cast<double>(grams.exact[i * K + j]),
-             "inf and nan in their row and column");
+             "inf and nan where both rows exist");
     }
   }
 }
@@ -213,16 +218,21 @@ void test_not_finite(DType dtype, int K, double value) {
 }  // namespace
 
 void test_gram(DType dtype) {
+  // Kernels differ by K; those of the two 16-bit dtypes do not differ from each other but for the conversion.
+  const bool every = dtype == DType::kFloat32 || dtype == DType::kBFloat16;
   const std::vector<int> sizes =
-      kForRaces ? std::vector<int>{2, 8, 9, 17, 33, 65}
-                : std::vector<int>{1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 40, 48, 49, 64, 65, 96, 97, 128};
+      kForRaces ? std::vector<int>{3, 8, 9, 33, 65}
+      : every   ? std::vector<int>{1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 40, 48, 49, 64, 65, 96, 97, 128}
+                : std::vector<int>{2, 5, 8, 9, 16, 31, 33, 48, 64, 65, 97};
   for (const int K : sizes) test_borders(dtype, K);
-  for (const int K : {1, 4, 9, 33}) test_many_blocks(dtype, K);
+  for (const int K : kForRaces ? std::vector<int>{4, 9} : std::vector<int>{1, 4, 9, 33})
+    test_many_blocks(dtype, K);
   for (const int K : {1, 8, 9}) test_nothing(K);
 }
 
 void test_gram_mixed() {
   for (const int K : {1, 2, 3, 5, 8, 9, 17, 40, 64, 65, 128}) {
+    if (kForRaces && K > 40) continue;
     name_case("mixed", DType::kFloat32, K);
     set_device(1 + draw(4), 1 + draw(2));
     std::vector<Param> params;
@@ -246,7 +256,7 @@ void test_gram_range(DType dtype) {
   const bool half = mtl::item_size(dtype) == 2;
   // Of sums of at most 128 products in float, cut off where they are on the tensor cores; of sums in double.
   const double in_float = 0x1p-17, in_double = 1e-13;
-  for (const int K : kForRaces ? std::vector<int>{8, 9, 33} : std::vector<int>{2, 8, 9, 32, 33, 64, 65}) {
+  for (const int K : kForRaces ? std::vector<int>{8, 9} : std::vector<int>{2, 8, 9, 32, 33, 64, 65}) {
     for (const int offset : {0, 8}) {
       if (offset > 0 && K > 9) continue;
       name_case("range", dtype, K);

@@ -1,28 +1,59 @@
 """Compiles the CUDA emulation and the CUDA kernels with a C++ compiler, under the sanitizers, and runs their tests."""
 
+import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from compiling import check, run, sanitizing_compiler
+from compiling import ROOT, check, run, sanitizing_compiler
 
 HERE = Path(__file__).parent
 EMULATION = HERE / "emulation"
+CUDA = ROOT / "csrc" / "cuda"
 MEMORY, RACES = "address,undefined", "thread"
 
 
-@pytest.fixture(scope="module", params=[MEMORY, RACES])
-def emulation(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, list[str], list[Path]]:
-    """A sanitizer, the command that compiles with it, and the objects of the emulation."""
-    kind = request.param
-    folder = tmp_path_factory.mktemp("emulation")
-    compiler = [*sanitizing_compiler(kind, folder), f"-I{EMULATION}", "-Werror"]
-    objects = []
-    for source in sorted(EMULATION.glob("*.cpp")):
-        objects.append(folder / f"{source.stem}.o")
-        check(*compiler, "-c", source, "-o", objects[-1])
-    return kind, compiler, objects
+@pytest.fixture(scope="session")
+def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run, the same one in all of its processes."""
+    folder = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist every process has a folder below that of the run.
+    folder = (folder.parent if folder.name.startswith("popen-") else folder) / "cuda_native"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(params=[MEMORY, RACES])
+def kind(request: pytest.FixtureRequest) -> str:
+    """A sanitizer."""
+    return str(request.param)
+
+
+def program(build_folder: Path, kind: str, name: str, sources: list[Path]) -> Path:
+    """The program of these sources and the emulation. The first process to ask compiles, the others wait."""
+    folder = build_folder / kind.split(",")[0]
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = folder / name
+        if found.exists():
+            return found
+        compiler = [*sanitizing_compiler(kind, folder), f"-I{EMULATION}", f"-I{CUDA}", "-Werror", "-g1"]
+        compiler += ["-DMTL_EMULATION", "-Wno-unknown-pragmas"]
+        if kind == MEMORY:  # what AddressSanitizer sees as well, or no kernel can do wrong, and slow to compile
+            compiler.append("-fno-sanitize=null,object-size,pointer-overflow,return,vptr")
+
+        def compiled(source: Path) -> Path:
+            made = folder / f"{source.name}.o"
+            if not made.exists():
+                check(*compiler, "-x", "c++", "-c", source, "-o", made)
+            return made
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, [*sources, *sorted(EMULATION.glob("*.cpp"))]))
+        partial = folder / f"{name}.partial"
+        check(*compiler, *objects, "-o", partial)
+        return partial.rename(found)
 
 
 # What a wrong kernel of emulation_test.cpp is stopped by; None where this sanitizer does not see it.
@@ -44,14 +75,36 @@ WRONG = {
 }
 
 
-def test_emulation(emulation: tuple[str, list[str], list[Path]], tmp_path: Path) -> None:
-    kind, compiler, objects = emulation
-    program = tmp_path / "emulation_test"
-    check(*compiler, HERE / "emulation_test.cpp", *objects, "-o", program)
-    check(program)
+def test_emulation(build_folder: Path, kind: str) -> None:
+    built = program(build_folder, kind, "emulation_test", [HERE / "emulation_test.cpp"])
+    check(built)
     for case, messages in WRONG.items():
         if kind not in messages:
             continue
-        done = run(program, case)
+        done = run(built, case)
         assert done.returncode != 0, f"{case} went unnoticed"
         assert messages[kind] in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+# Arguments of cuda_test; those of a line take a few seconds together.
+CASES = [
+    "plan errors gram_mixed combine_mixed",
+    "gram_float32",
+    "gram_float64",
+    "gram_bfloat16",
+    "gram_float16",
+    "range_float32 range_float64",
+    "range_bfloat16",
+    "range_float16",
+    "gram_solver",
+    "combine_float32 combine_float64 combine_bfloat16 combine_float16",
+    "solve",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels(build_folder: Path, kind: str, cases: str) -> None:
+    host = [source for source in CUDA.glob("*.cpp") if source.name != "bindings.cpp"]
+    sources = [*CUDA.glob("gram_t*.cu"), *CUDA.glob("*.cu"), *host, *HERE.glob("cuda_*test.cpp")]
+    check(program(build_folder, kind, "cuda_test", list(dict.fromkeys(sources))), *cases.split())

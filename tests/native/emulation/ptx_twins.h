@@ -31,6 +31,8 @@ void copy_wait() {
 
 inline int opaque(int x) { return x; }
 
+inline void* global_memory(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
+
 inline double join_double(unsigned low, unsigned high) {
   return emulation::bits_as<double>(std::uint64_t{high} << 32 | low);
 }

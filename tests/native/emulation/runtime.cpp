@@ -1,10 +1,10 @@
-#include <cstdlib>
-#include <utility>
 #include "runtime.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "launch.h"
 #include "shared_memory.h"

@@ -33,9 +33,9 @@ template <class... Solvers>
 SolverInfo find_solver(const std::string& name, SolverList<Solvers...>) {
   SolverInfo found;
   int position = 0;
-  ((name == Solvers::name ? void(found = {position, Solvers::num_options, needs_rng_of<Solvers>,
-                                          scratch_doubles_of<Solvers>})
-                          : void(),
+  ((name == Solvers::name
+        ? void(found = {position, Solvers::num_options, needs_rng_of<Solvers>, scratch_doubles_of<Solvers>})
+        : void(),
     ++position),
    ...);
   return found;
@@ -43,8 +43,8 @@ SolverInfo find_solver(const std::string& name, SolverList<Solvers...>) {
 
 }  // namespace detail
 
-// Throws std::invalid_argument on an unknown name, a K out of range, the wrong number of options, or options that
-// need an rng state that is missing.
+// Throws std::invalid_argument on an unknown name, a K out of range, the wrong number of options, or options
+// that need an rng state that is missing.
 inline SolverInfo find_solver(const std::string& name, int num_tasks, const std::vector<double>& options,
                               bool has_rng) {
   const SolverInfo solver = detail::find_solver(name, AllSolvers{});
