@@ -130,33 +130,12 @@ CombineKernel kernel() {
   return {combine_rows<In, Out>, kThreads, kThreads * Vector<In>::kElements, 8};
 }
 
-template <class In>
-CombineKernel kernel_to(DType output) {
-  switch (output) {
-    case DType::kFloat32:
-      return kernel<In, float>();
-    case DType::kFloat64:
-      return kernel<In, double>();
-    case DType::kBFloat16:
-      return kernel<In, BFloat16>();
-    default:
-      return kernel<In, Float16>();
-  }
-}
-
 }  // namespace
 
 CombineKernel combine_kernel(DType rows, DType output) {
-  switch (rows) {
-    case DType::kFloat32:
-      return kernel_to<float>(output);
-    case DType::kFloat64:
-      return kernel_to<double>(output);
-    case DType::kBFloat16:
-      return kernel_to<BFloat16>(output);
-    default:
-      return kernel_to<Float16>(output);
-  }
+  return with_element(rows, [&](auto in) {
+    return with_element(output, [](auto out) { return kernel<decltype(in), decltype(out)>(); });
+  });
 }
 
 }  // namespace mtl::cuda

@@ -59,6 +59,21 @@ __device__ __forceinline__ BFloat16 from_double<BFloat16>(double x) {
   return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// Calls `use` with an element of the dtype, whose type is what matters.
+template <class Use>
+auto with_element(DType dtype, Use use) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return use(float{});
+    case DType::kFloat64:
+      return use(double{});
+    case DType::kBFloat16:
+      return use(BFloat16{});
+    default:
+      return use(Float16{});
+  }
+}
+
 // 16 bytes of a row, the widest access of a thread. As words, so that two 16-bit elements share a register.
 template <class T>
 struct alignas(16) Vector {

@@ -415,16 +415,7 @@ GramKernel kernel_for(int num_tasks) {
 }  // namespace
 
 GramKernel tensor_kernel(DType dtype, int num_tasks) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return kernel_for<float>(num_tasks);
-    case DType::kFloat64:
-      return kernel_for<double>(num_tasks);
-    case DType::kBFloat16:
-      return kernel_for<BFloat16>(num_tasks);
-    default:
-      return kernel_for<Float16>(num_tasks);
-  }
+  return with_element(dtype, [&](auto element) { return kernel_for<decltype(element)>(num_tasks); });
 }
 
 }  // namespace mtl::cuda
