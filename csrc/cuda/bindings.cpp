@@ -170,9 +170,10 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
   m.def("missing", &missing);
   m.def("unsupported", &unsupported);
 
-  py::class_<SolverArguments>(m, "SolverArguments").def(py::init(&solver_arguments));
+  // Local to the module: the tests load this code a second time, compiled for the host.
+  py::class_<SolverArguments>(m, "SolverArguments", py::module_local()).def(py::init(&solver_arguments));
 
-  py::class_<GramPlan>(m, "GramPlan")
+  py::class_<GramPlan>(m, "GramPlan", py::module_local())
       .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels,
                        const std::vector<int>& codes, std::vector<std::int32_t> groups, int num_groups) {
         const Sizes sizes(num_tasks, std::move(numels), codes, std::move(groups), num_groups);
@@ -183,7 +184,7 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
       .def_property_readonly("num_counters", &GramPlan::num_counters)
       .def("scratch_doubles", &GramPlan::scratch_doubles);
 
-  py::class_<CombinePlan>(m, "CombinePlan")
+  py::class_<CombinePlan>(m, "CombinePlan", py::module_local())
       .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels,
                        const std::vector<int>& codes, std::vector<std::int32_t> groups, int num_groups,
                        const std::vector<int>& outputs) {
@@ -201,7 +202,7 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
   m.def("solve_scratch", &mtl::cuda::solve_scratch);
   m.def("solve", &solve);
 
-  py::class_<DeviceCopy>(m, "DeviceCopy")
+  py::class_<DeviceCopy>(m, "DeviceCopy", py::module_local())
       .def(py::init([](int device, Address from, std::size_t bytes) {
         return std::make_unique<DeviceCopy>(device, at<const void>(from), bytes);
       }))

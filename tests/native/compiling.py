@@ -1,8 +1,11 @@
 """The C++ compiler of the native tests, and the sanitizers it has here."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,12 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 def check(*command: object) -> None:
     done = run(*command)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """One test process at a time: the first makes what the others find."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

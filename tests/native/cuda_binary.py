@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+# Registers and bytes of shared memory of a multiprocessor.
+_REGISTERS = 64 << 10
+_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+_RESERVED = 1 << 10  # of a block's shared memory, by the system; from sm_90 on the compiler counts it in
 
 
 @dataclass
@@ -34,9 +38,10 @@ class Kernel:
     shared: int
     """Bytes, those whose size a launch names left out."""
     threads: int
-    """Per block."""
+    """Per block; 0 where the module has no PTX to tell."""
     body: Counter[str] = field(default_factory=Counter)
-    """How often each instruction stands in the kernel, the functions it calls left out."""
+    """How often each instruction that moves memory or multiplies matrices stands in the kernel, the functions that it
+    calls left out."""
     called: Counter[str] = field(default_factory=Counter)
     """The same for those functions: the solvers and what else follows gram."""
 
@@ -76,15 +81,11 @@ def tool(name: str) -> str | None:
     return next((path for path in found if path is not None), None)
 
 
-def _lines(*command: object, cwd: Path | None = None) -> Iterator[str]:
-    with subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        yield from process.stdout
-        error = process.stderr.read()
-    if process.returncode != 0:
-        raise RuntimeError(f"{command[0]}: {error[-2000:]}")
+def _output(*command: object, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 @cache
@@ -104,8 +105,8 @@ def _short(demangled: str) -> str:
 
 def ptx_targets(binary: Path) -> set[int]:
     """The architectures of the PTX in it, which newer GPUs compile for themselves."""
-    listing = _lines(tool("cuobjdump"), "--list-ptx", binary)
-    return {int(arch) for line in listing for arch in re.findall(r"sm_(\d+)\w*\.ptx", line)}
+    listing = _output(tool("cuobjdump"), "--list-ptx", binary)
+    return {int(arch) for arch in re.findall(r"sm_(\d+)\w*\.ptx", listing)}
 
 
 def read_kernels(binary: Path) -> list[Kernel]:
@@ -113,8 +114,7 @@ def read_kernels(binary: Path) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         at = Path(folder)
         for kind in ("-xelf", "-xptx"):
-            for _ in _lines(tool("cuobjdump"), kind, "all", binary.resolve(), cwd=at):
-                pass
+            _output(tool("cuobjdump"), kind, "all", binary.resolve(), cwd=at)
         threads = {}
         for ptx in at.glob("*.ptx"):
             for symbol, size in re.findall(r"\.entry (\w+)\([^{]*?\.maxntid (\d+)", ptx.read_text()):
@@ -132,36 +132,35 @@ def _kernel_of(symbol: str) -> str:
 def _read(cubin: Path, threads: dict[str, int]) -> list[Kernel]:
     arch = int(re.findall(r"sm_(\d+)", cubin.name)[0])
     kernels: dict[str, Kernel] = {}
-    usage = "".join(_lines(tool("cuobjdump"), "--dump-resource-usage", cubin))
+    usage = _output(tool("cuobjdump"), "--dump-resource-usage", cubin)
     for symbol, registers, stack, shared in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage):
         name = _kernel_of(symbol)
-        kernels[symbol] = Kernel(name, arch, int(registers), int(stack), int(shared), threads[name])
-    counts: Counter[str] = Counter()
-    kernel = None
-    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)")
-    for line in _lines(tool("nvdisasm"), "-c", cubin):
-        if line.startswith(".text."):
-            kernel = kernels.get(line.strip()[len(".text.") : -1])
-        elif kernel is not None and re.match(r"[\w$]", line):
-            # The label of a function; the kernel's own comes first.
-            counts = kernel.called if line.startswith("$") else kernel.body
-        elif kernel is not None and (found := instruction.match(line)):
-            counts[found[1]] += 1
+        own = int(shared) - (_RESERVED if arch >= 90 else 0)
+        kernels[symbol] = Kernel(name, arch, int(registers), int(stack), own, threads.get(name, 0))
+    for section in re.split(r"^\.text\.", _output(tool("nvdisasm"), "-c", cubin), flags=re.MULTILINE)[1:]:
+        kernel = kernels.get(section[: section.index(":")])
+        if kernel is None:
+            continue
+        # The labels of called functions begin with a dollar.
+        body, *called = re.split(r"^\$", section, flags=re.MULTILINE)
+        kernel.body.update(_instructions(body))
+        for function in called:
+            kernel.called.update(_instructions(function))
     return list(kernels.values())
 
 
-# Registers and bytes of shared memory of a multiprocessor.
-_REGISTERS = 64 << 10
-_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
-_RESERVED = 1 << 10  # of a block's shared memory, by the system
+def _instructions(code: str) -> list[str]:
+    return re.findall(r"\*/.* ((?:LD|ST|HMMA|DMMA)[\w.]*) .*;$", code, flags=re.MULTILINE)
 
 
 def blocks_at_a_time(kernel: Kernel, dynamic_shared: int) -> int:
     """How many blocks a multiprocessor holds."""
     warps = kernel.threads // 32
+    if warps == 0:
+        return 0
     registers = -(-kernel.registers * 32 // 256) * 256  # of a warp
     by_registers = _REGISTERS // registers // 4 * 4 // warps  # a quarter of the multiprocessor each
-    by_shared = _SHARED[kernel.arch] // (kernel.shared + dynamic_shared + _RESERVED)
+    by_shared = _SHARED.get(kernel.arch, 100 << 10) // (kernel.shared + dynamic_shared + _RESERVED)
     return min(by_registers, by_shared, 64 // warps, 32)
 
 
@@ -199,19 +198,35 @@ def _widest(kernel: Kernel) -> str:
     return f"{width}{' (asynchronous)' if any(name.startswith('LDGSTS') for name in loads) else ''}"
 
 
+def _joined(values: list[object]) -> str:
+    """One value for each target, or the only one."""
+    return str(values[0]) if len({*map(str, values)}) == 1 else " / ".join(map(str, values))
+
+
 def table(kernels: list[Kernel], dynamic: dict[str, int]) -> str:
+    """Markdown, a row for each kernel."""
+    targets = sorted({kernel.arch for kernel in kernels})
     lines = [
-        "| kernel | target | registers | shared bytes | threads | blocks per SM | warps per SM | bytes per load |",
+        f"Where targets differ: {' / '.join(f'sm_{arch}' for arch in targets)}. Shared bytes: static + dynamic. "
+        "Blocks and warps: at a time on a multiprocessor, which has room for 64 warps.",
+        "",
+        "| kernel | threads | registers | stack bytes | shared bytes | blocks | warps | bytes per load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.arch)):
-        size = dynamic.get(kernel.name, 0)
-        blocks = blocks_at_a_time(kernel, size)
-        warps = blocks * kernel.threads // 32
-        lines.append(
-            f"| `{kernel.name}` | sm_{kernel.arch} | {kernel.registers} | {kernel.shared} + {size} | {kernel.threads} "
-            f"| {blocks} | {warps} ({warps / 64:.0%}) | {_widest(kernel)} |"
-        )
+    for name in sorted({kernel.name for kernel in kernels}):
+        alike = [kernel for kernel in kernels if kernel.name == name]
+        size = dynamic.get(name, 0)
+        blocks = [blocks_at_a_time(kernel, size) for kernel in alike]
+        cells = [
+            [kernel.threads for kernel in alike],
+            [kernel.registers for kernel in alike],
+            [kernel.stack for kernel in alike],
+            [f"{kernel.shared} + {size}" for kernel in alike],
+            blocks,
+            [count * kernel.threads // 32 for count, kernel in zip(blocks, alike, strict=True)],
+            [_widest(kernel) for kernel in alike],
+        ]
+        lines.append(f"| `{name}` | {' | '.join(_joined([*cell]) for cell in cells)} |")
     return "\n".join(lines)
 
 

@@ -1,26 +1,15 @@
 """Compiles the CUDA emulation and the CUDA kernels with a C++ compiler, under the sanitizers, and runs their tests."""
 
-import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from compiling import ROOT, check, run, sanitizing_compiler
+from compiling import ROOT, check, run, sanitizing_compiler, taking_turns
 
 HERE = Path(__file__).parent
 EMULATION = HERE / "emulation"
 CUDA = ROOT / "csrc" / "cuda"
 MEMORY, RACES = "address,undefined", "thread"
-
-
-@pytest.fixture(scope="session")
-def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this test run, the same one in all of its processes."""
-    folder = tmp_path_factory.getbasetemp()
-    # Under pytest-xdist every process has a folder below that of the run.
-    folder = (folder.parent if folder.name.startswith("popen-") else folder) / "cuda_native"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 @pytest.fixture(params=[MEMORY, RACES])
@@ -29,12 +18,10 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def program(build_folder: Path, kind: str, name: str, sources: list[Path]) -> Path:
-    """The program of these sources and the emulation. The first process to ask compiles, the others wait."""
-    folder = build_folder / kind.split(",")[0]
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def program(run_folder: Path, kind: str, name: str, sources: list[Path]) -> Path:
+    """The program of these sources and the emulation."""
+    folder = run_folder / kind.split(",")[0]
+    with taking_turns(folder):
         found = folder / name
         if found.exists():
             return found
@@ -75,8 +62,8 @@ WRONG = {
 }
 
 
-def test_emulation(build_folder: Path, kind: str) -> None:
-    built = program(build_folder, kind, "emulation_test", [HERE / "emulation_test.cpp"])
+def test_emulation(run_folder: Path, kind: str) -> None:
+    built = program(run_folder, kind, "emulation_test", [HERE / "emulation_test.cpp"])
     check(built)
     for case, messages in WRONG.items():
         if kind not in messages:
@@ -104,7 +91,7 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", CASES)
-def test_kernels(build_folder: Path, kind: str, cases: str) -> None:
+def test_kernels(run_folder: Path, kind: str, cases: str) -> None:
     host = [source for source in CUDA.glob("*.cpp") if source.name != "bindings.cpp"]
     sources = [*CUDA.glob("gram_t*.cu"), *CUDA.glob("*.cu"), *host, *HERE.glob("cuda_*test.cpp")]
-    check(program(build_folder, kind, "cuda_test", list(dict.fromkeys(sources))), *cases.split())
+    check(program(run_folder, kind, "cuda_test", list(dict.fromkeys(sources))), *cases.split())

@@ -1,0 +1,116 @@
+"""What nvcc made of the kernels in the built module: no spills, wide loads, tensor cores, PTX for newer GPUs."""
+
+import pickle
+import re
+from pathlib import Path
+
+import cuda_binary
+import pytest
+from compiling import taking_turns
+from cuda_binary import Kernel
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cuda_binary.missing() is not None, reason=str(cuda_binary.missing())),
+]
+HALVES = ("BFloat16", "Float16")
+
+
+@pytest.fixture(scope="session")
+def binary() -> Path:
+    found = cuda_binary.module()
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def kernels(run_folder: Path, binary: Path) -> list[Kernel]:
+    with taking_turns(run_folder / "binary"):
+        kept = run_folder / "binary" / "kernels"
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(cuda_binary.read_kernels(binary)))
+        found: list[Kernel] = pickle.loads(kept.read_bytes())
+        return found
+
+
+def failing(kernels: list[Kernel], base: str, *wanted: str) -> list[str]:
+    """The kernels of that name that lack one of the instructions."""
+    chosen = [kernel for kernel in kernels if kernel.base == base]
+    assert chosen, f"no kernel {base}"
+    return [
+        f"{kernel.name} on sm_{kernel.arch}: no {instruction}"
+        for kernel in chosen
+        for instruction in wanted
+        if kernel.count(instruction) == 0
+    ]
+
+
+def test_every_target_has_every_kernel(binary: Path, kernels: list[Kernel]) -> None:
+    names = {kernel.name for kernel in kernels}
+    targets = {kernel.arch for kernel in kernels}
+    assert len(kernels) == len(names) * len(targets)
+    assert {kernel.base for kernel in kernels} == {"gram_triangle", "gram_tensor", "combine_rows", "solve_batch"}
+    built_for = re.findall(rb"\d+(?:, \d+)+", binary.read_bytes())  # the attribute `architectures`
+    assert any({int(arch) for arch in text.split(b", ")} == targets for text in built_for) or len(targets) == 1
+
+
+def test_newest_target_as_ptx(binary: Path, kernels: list[Kernel]) -> None:
+    if not cuda_binary.ptx_targets(binary):
+        pytest.skip("built for the GPUs of this machine")
+    assert cuda_binary.ptx_targets(binary) == {max(kernel.arch for kernel in kernels)}
+
+
+def test_no_spills(kernels: list[Kernel]) -> None:
+    """A kernel that reads rows has no local memory; the solvers that gram calls may."""
+    spilling = [
+        f"{kernel.name} on sm_{kernel.arch}: {kernel.registers} registers, {kernel.stack} bytes of stack, "
+        f"{kernel.count('LDL')} loads and {kernel.count('STL')} stores of local memory"
+        for kernel in kernels
+        if kernel.base != "solve_batch"
+        and (kernel.count("LDL") or kernel.count("STL") or (kernel.stack and not kernel.called))
+    ]
+    assert not spilling, "\n".join(spilling)
+
+
+def test_gram_triangle_loads_16_bytes(kernels: list[Kernel]) -> None:
+    assert failing(kernels, "gram_triangle", "LDG.E.128") == []
+
+
+def test_gram_tensor_copies_16_bytes(kernels: list[Kernel]) -> None:
+    assert failing(kernels, "gram_tensor", "LDGSTS.E.BYPASS.128", "LDS.128") == []
+
+
+def test_gram_tensor_uses_tensor_cores(kernels: list[Kernel]) -> None:
+    halves = [kernel for kernel in kernels if kernel.types[:1] and kernel.types[0] in HALVES]
+    assert failing(halves, "gram_tensor", "HMMA", "DMMA") == []  # DMMA where a tile is taken again
+    assert failing(kernels, "gram_tensor", "DMMA") == []
+
+
+def test_combine_moves_16_bytes(kernels: list[Kernel]) -> None:
+    """Also no load or store of rows that could be of any memory."""
+    assert failing(kernels, "combine_rows", "LDG.E.128") == []
+    alike = [kernel for kernel in kernels if len(set(kernel.types)) == 1]
+    assert failing(alike, "combine_rows", "STG.E.128") == []
+
+
+@pytest.mark.parametrize("base", ["gram_triangle", "gram_tensor", "combine_rows"])
+def test_rows_are_global_memory(kernels: list[Kernel], base: str) -> None:
+    """Loads and stores whose kind of memory is only known at run time are slower."""
+    generic = [
+        f"{kernel.name} on sm_{kernel.arch}: {name}"
+        for kernel in kernels
+        for name in kernel.body
+        if kernel.base == base and re.match(r"(LD|ST)\.", name)
+    ]
+    assert generic == []
+
+
+def test_solvers_are_called_not_inlined(kernels: list[Kernel]) -> None:
+    """Otherwise their registers would be those of the kernel's loop."""
+    assert [kernel.name for kernel in kernels if kernel.base.startswith("gram") and not kernel.called] == []
+
+
+def test_every_kernel_can_run(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        if kernel.threads:
+            assert cuda_binary.blocks_at_a_time(kernel, 0) > 0, kernel.name
