@@ -17,6 +17,23 @@ struct Result {
   std::vector<std::int64_t> rng;
 };
 
+// Lets a plan take its groups for so long that 16-bit rows are summed in float, without that many columns.
+void pretend_long(const Table& table, const GramPlan& plan, std::vector<std::int64_t>* words) {
+  const std::int64_t pods = plan.num_counters() - table.num_groups - 1;
+  const std::int64_t slices = plan.sum_doubles() / mtl::cuda::num_pairs(table.num_tasks) - pods;
+  const auto spans = std::count_if(table.params.begin(), table.params.end(),
+                                   [](const Param& param) { return param.columns > 0; });
+  std::int64_t* at = words->data() + spans * sizeof(mtl::cuda::Span) / sizeof(std::int64_t);
+  for (std::int64_t n = 0; n < slices; ++n, at += sizeof(mtl::cuda::Slice) / sizeof(std::int64_t)) {
+    mtl::cuda::Slice slice;
+    std::memcpy(&slice, at, sizeof slice);
+    expect(slice.group >= 0 && slice.group < table.num_groups && slice.columns <= 1 << 20,
+           "the place of the slices");
+    slice.columns += mtl::cuda::kFloatColumns;
+    std::memcpy(at, &slice, sizeof slice);
+  }
+}
+
 struct Behind {  // what gram is followed by
   bool statistics = false;
   const SolverCase* solver = nullptr;
@@ -30,11 +47,12 @@ bool same(const Result& a, const Result& b) {
          same_bits(a.rng, b.rng);
 }
 
-Result run(const Table& table, const Behind& behind = {}) {
+Result run(const Table& table, const Behind& behind = {}, bool long_sums = false) {
   const auto K = static_cast<std::size_t>(table.num_tasks),
              groups = static_cast<std::size_t>(table.num_groups);
   const GramPlan plan(0, table.rows(), table.num_groups);
-  const std::vector<std::int64_t> words = plan.words();
+  std::vector<std::int64_t> words = plan.words();
+  if (long_sums) pretend_long(table, plan, &words);
   std::vector<double> sums(static_cast<std::size_t>(plan.sum_doubles()), NAN);
   std::vector<unsigned> counters(static_cast<std::size_t>(plan.num_counters()));
   Result first;
@@ -140,7 +158,7 @@ void test_borders(DType dtype, int K) {
       params.push_back({dtype, length, 3, offset});
   }
   const Table table(K, 5, params, most_reach);
-  const Result result = run(table, {true});
+  const Result result = run(table, {true}, true);
   expect_gram(table, result.gram, 0);
   expect_statistics(table, result);
 }
@@ -183,7 +201,7 @@ void test_scale(DType dtype, int K, int offset, double scale_of_last, double sca
   const Table table = tiled(dtype, K, offset, [&](int k, int, std::int64_t) {
     return draw_normal() * (k == K - 1 ? scale_of_last : scale);
   });
-  expect_gram(table, run(table).gram, tolerance);
+  expect_gram(table, run(table, {}, true).gram, tolerance);
 }
 
 // The last row is far from the others in one tile.
@@ -191,7 +209,7 @@ void test_odd_tile(DType dtype, int K, int offset, int tile, double scale) {
   const Table table = tiled(dtype, K, offset, [&](int k, int at, std::int64_t) {
     return draw_exact() * (at == tile && k == K - 1 ? scale : 1.0);
   });
-  expect_gram(table, run(table).gram, 1e-15L);
+  expect_gram(table, run(table, {}, true).gram, 1e-15L);
 }
 
 // An element of the last row is not finite, of columns that the first row has no part in.
@@ -203,7 +221,7 @@ void test_not_finite(DType dtype, int K, double value) {
       [&](int k, std::size_t p, std::int64_t n) {
         return k == K - 1 && p == 1 && n == 17 ? value : draw_exact() + 5;
       });
-  const std::vector<double> gram = run(table).gram;
+  const std::vector<double> gram = run(table, {}, true).gram;
   const Table::Grams grams = table.grams();
   for (int i = 0; i < K; ++i) {
     for (int j = 0; j < K; ++j) {
@@ -284,6 +302,20 @@ void test_gram_range(DType dtype) {
     for (const double value :
          {static_cast<double>(INFINITY), static_cast<double>(-INFINITY), static_cast<double>(NAN)})
       test_not_finite(dtype, K, value);
+  }
+  if (!half || kForRaces) return;
+  // Sums in float only where a group has many columns.
+  for (const std::int64_t columns : {mtl::cuda::kFloatColumns - 1, mtl::cuda::kFloatColumns}) {
+    for (const int K : {2, 9}) {
+      name_case("many columns", dtype, K);
+      const Table table(K, 1, {{dtype, columns - 9}, {dtype, 9}}, all_reach,
+                        [](int, std::size_t, std::int64_t) { return draw_normal(); });
+      const std::vector<double> gram = run(table).gram;
+      expect_gram(table, gram, in_float);
+      const Table::Grams grams = table.grams();
+      const bool exact = std::fabs(gram[0] - static_cast<double>(grams.exact[0])) < in_double * gram[0];
+      expect(exact == (columns < mtl::cuda::kFloatColumns), "double up to a number of columns");
+    }
   }
 }
 
