@@ -11,6 +11,7 @@ compiled; CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,10 +41,13 @@ def cuda_options() -> list[str]:
     wanted = os.environ.get("MTL_KERNELS_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"expected MTL_KERNELS_CUDA as 0 or 1, found {wanted!r}")
+    compiler = os.environ.get("CUDACXX")
+    if compiler is not None and wanted != "0" and shutil.which(compiler) is None:
+        raise SystemExit(f"CUDACXX={compiler} was not found; name an nvcc, or leave CUDA out with MTL_KERNELS_CUDA=0")
     options = ["-DMTL_KERNELS_CUDA=" + {"": "AUTO", "0": "OFF", "1": "ON"}[wanted]]
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     beside = shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in [*homes, "/usr/local/cuda"]))
-    if "CUDACXX" not in os.environ and shutil.which("nvcc") is None and beside is not None:
+    if compiler is None and shutil.which("nvcc") is None and beside is not None:
         options.append(f"-DCMAKE_CUDA_COMPILER={beside}")
     archs = os.environ.get("MTL_KERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
     if archs:
@@ -93,8 +97,11 @@ class CMakeBuild(build_ext):
         built = {e.name: build / self.get_ext_filename(e.name.rpartition(".")[2]) for e in self.extensions}
         for module in built.values():
             module.unlink(missing_ok=True)  # it may be of an earlier build with other options
-        subprocess.run(configure, check=True)
-        subprocess.run([tool("cmake"), "--build", str(build)], check=True)
+        for command in (configure, [tool("cmake"), "--build", str(build)]):
+            if (status := subprocess.run(command).returncode) != 0:
+                raise SystemExit(
+                    f"building the native modules failed, see above: {shlex.join(command)} ended with {status}"
+                )
         for extension in list(self.extensions):
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             if extension.optional and not built[extension.name].exists():

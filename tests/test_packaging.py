@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_wheel_with_a_compiler(tmp_path: Path) -> None:
     assert any(name.startswith("mtl_kernels/_cpu") for name in names)
     assert {"mtl_kernels/py.typed", "mtl_optim/py.typed", "mtl_optim/demo/run.py"} <= set(names)
     assert not [name for name in names if name.split("/")[0] in ("csrc", "tests", "benchmarks", "python")]
-    assert "backend cpu        available" in probe(wheel, tmp_path)
+    assert re.search("backend cpu +available", probe(wheel, tmp_path))
 
 
 @pytest.mark.slow
@@ -89,7 +90,7 @@ def test_wheel_without_a_compiler(tmp_path: Path) -> None:
     assert "building without compiled kernels: CXX=a-compiler-that-is-not-there was not found" in printed
     assert not any("_cpu" in Path(name).stem for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so"))
     said = probe(wheel, tmp_path)
-    assert "backend cpu        not available" in said and "install a C++17 compiler" in said
+    assert re.search("backend cpu +not available: .*install a C\\+\\+17 compiler", said)
 
 
 @pytest.mark.slow
@@ -104,7 +105,8 @@ def test_a_build_that_fails_fails_the_install(tmp_path: Path, tree: Path) -> Non
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"MTL_KERNELS_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "/nowhere/nvcc"),
+        ({"MTL_KERNELS_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "CUDACXX=/nowhere/nvcc was not found"),
+        ({"MTL_KERNELS_CUDA": "", "CUDACXX": "/nowhere/nvcc"}, "CUDACXX=/nowhere/nvcc was not found"),
         ({"MTL_KERNELS_CUDA": "1", "CXX": "a-compiler-that-is-not-there"}, "but nothing can be compiled"),
         ({"MTL_KERNELS_CUDA": "yes"}, "expected MTL_KERNELS_CUDA as 0 or 1, found 'yes'"),
         ({"MTL_KERNELS_CUDA_ARCHS": "sm_90"}, "expected MTL_KERNELS_CUDA_ARCHS such as '80;90;100' or 'native'"),
