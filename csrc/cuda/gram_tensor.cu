@@ -77,6 +77,8 @@ class Copier {
   __device__ bool done() const { return tile_ >= num_tiles_; }
   __device__ int tile() const { return tile_; }
   __device__ int left() const { return left_; }
+  __device__ int stride() const { return stride_; }
+  __device__ int num_tiles() const { return num_tiles_; }
 
   // Goes to the first stage of `tile`, or to the one with which `left` bytes are to come.
   __device__ void go_to(int tile, int left = kWholeTile) {
@@ -311,7 +313,8 @@ __device__ __forceinline__ void sum_slice(const GramArgs& args, const Slice& sli
   [[maybe_unused]] float tile_sums[S::kGroups][4] = {};
   int buffer = 0;
   int tile = static_cast<int>(slice.first_tile);
-  for (int stage = 0; tile < slice.num_tiles; ++stage) {
+  [[maybe_unused]] const bool in_float = slice.columns >= kFloatColumns;
+  for (int stage = 0; tile < copier.num_tiles(); ++stage) {
     copy_wait<S::kStages - 2>();
     __syncthreads();
     const bool tile_ends = (ends >> buffer & 1u) != 0;
@@ -326,20 +329,21 @@ __device__ __forceinline__ void sum_slice(const GramArgs& args, const Slice& sli
     buffer = buffer + 1 == S::kStages ? 0 : buffer + 1;
     if (!tile_ends) continue;
     if constexpr (kIsHalf<T>) {
-      const bool good = slice.columns >= kFloatColumns && trusted<S, T>(tile_sums, bits);
-      if (!good) {
+      if (in_float && trusted<S, T>(tile_sums, bits)) {
+#pragma unroll
+        for (int group = 0; group < S::kGroups; ++group)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[group][i] += static_cast<double>(tile_sums[group][i]);
+      } else {
         take_again<S, T>(copier, tile, share, buffers + S::kStages * S::kBufferBytes, sums);
       }
 #pragma unroll
       for (int group = 0; group < S::kGroups; ++group)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (good) sums[group][i] += static_cast<double>(tile_sums[group][i]);
-          tile_sums[group][i] = 0.0f;
-        }
+        for (int i = 0; i < 4; ++i) tile_sums[group][i] = 0.0f;
       bits[0] = bits[1] = 0;
     }
-    tile += static_cast<int>(slice.stride);
+    tile += copier.stride();
   }
   copy_wait<0>();
 }

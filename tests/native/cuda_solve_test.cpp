@@ -66,6 +66,7 @@ void check(const SolverCase& solver, int K, std::int64_t batch, int masks) {
 }  // namespace
 
 void test_solve() {
+  set_device(1, 2);  // several problems a block
   const SolverCase solvers[] = {
       {"pcgrad", {1, 1}}, {"pcgrad", {0, 0}}, {"min_norm", {0, 0, 0}}, {"min_norm", {1, 50, 0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
