@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .cuda_graphs import capturing, refuse_capture
-from .grads import Row, put_grads, take_grads
+from .grads import Row, is_plain, put_grads, take_grads
 
 _ALIGNMENT = 256
 """Bytes that every row, and every parameter in it, starts at a multiple of: enough for any vector load."""
@@ -63,7 +63,7 @@ class Arena:
             put_grads(params, previous)
         self._open = {id(param): view for param, view in zip(params, self._rows[task], strict=True)}
 
-    def take(self, params: Sequence[Tensor], previous: Row | None) -> Row:
+    def take(self, params: Sequence[Tensor], previous: Row | None, others: Sequence[Tensor]) -> Row:
         """The row now in ``.grad``, which is None afterwards.
 
         Raises:
@@ -74,7 +74,7 @@ class Arena:
         for p, (param, grad) in enumerate(zip(params, row, strict=True)):
             if grad is None or grad is places[id(param)]:
                 continue
-            if not _is_plain(grad):
+            if not is_plain(grad):
                 raise TypeError(
                     f'capture="arena" takes dense gradients, found {_kind(grad)} for parameter {p} of shape '
                     f'{list(param.shape)}; use capture="harvest", or a param group with mtl=False for it'
@@ -82,8 +82,12 @@ class Arena:
             row[p] = places[id(param)].copy_(grad.detach())
         return row
 
-    def close(self) -> None:
+    def check(self, rows: Mapping[str, Row]) -> None:
+        """Nothing to do: nobody else has this memory."""
+
+    def close(self) -> bool:
         self._open = None
+        return False
 
     def forget(self) -> None:
         """Nothing to do: the next pass of a task overwrites its row."""
@@ -92,13 +96,13 @@ class Arena:
         """Moves a gradient that autograd has just finished to its place, so that its own memory is free."""
         grad = param.grad
         place = None if self._open is None else self._open.get(id(param))
-        if grad is not None and place is not None and grad is not place and _is_plain(grad):
+        if grad is not None and place is not None and grad is not place and is_plain(grad):
             param.grad = place.copy_(grad.detach())
 
     def _lay_out(self, params: Sequence[Tensor], layout: list[tuple[Any, ...]]) -> None:
         refuse_capture('capture="arena" would lay out its memory')
         for p, param in enumerate(params):
-            if not _is_plain(param.detach()):
+            if not is_plain(param.detach()):
                 raise TypeError(
                     f'capture="arena" needs parameters with plain memory, found {_kind(param.detach())} as parameter '
                     f'{p}; use capture="harvest", or a param group with mtl=False for it'
@@ -143,7 +147,7 @@ class Arena:
         owned = {buffer.untyped_storage().data_ptr() for buffer in self._buffers}
         for param in params:
             grad = param.grad
-            if grad is not None and _is_plain(grad) and grad.untyped_storage().data_ptr() in owned:
+            if grad is not None and is_plain(grad) and grad.untyped_storage().data_ptr() in owned:
                 refuse_capture("gradients of an earlier step would be copied", "call opt.zero_grad() first")
                 param.grad = grad.clone()
 
@@ -160,10 +164,6 @@ def _grad_dtype(param: Tensor) -> torch.dtype:
 def _remove(hooks: list[RemovableHandle]) -> None:
     while hooks:
         hooks.pop().remove()
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and tensor.layout is torch.strided
 
 
 def _kind(tensor: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,11 +25,14 @@ class Capture(Protocol):
     def open(self, task: str, params: Sequence[Tensor], previous: Row | None) -> None:
         """Sets ``.grad`` for a pass: None, or the row that this step has captured for the task before."""
 
-    def take(self, params: Sequence[Tensor], previous: Row | None) -> Row:
-        """The row now in ``.grad``, which is None afterwards."""
+    def take(self, params: Sequence[Tensor], previous: Row | None, others: Sequence[Tensor]) -> Row:
+        """The row now in ``.grad``, which is None afterwards; it shares no memory with the ``.grad`` of ``others``."""
 
-    def close(self) -> None:
-        """Ends a pass that failed instead of taking its row."""
+    def check(self, rows: Mapping[str, Row]) -> None:
+        """Raise RuntimeError if a row is not what was taken, which no combination can mend."""
+
+    def close(self) -> bool:
+        """Drops what was taken since `prepare`, of passes that failed; whether they overwrote rows from before it."""
 
     def forget(self) -> None:
         """Starts a new step: the rows taken so far are gone."""

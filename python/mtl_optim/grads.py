@@ -11,6 +11,11 @@ Row = list[Tensor | None]
 """The gradient of one task: one tensor per managed parameter, None where the task does not reach it."""
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and of no subclass, so that its memory is all there is to it."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided
+
+
 def take_grads(params: Sequence[Tensor]) -> Row:
     """The ``.grad`` of every parameter, which is None afterwards."""
     grads = [param.grad for param in params]

@@ -96,21 +96,21 @@ def _edges(losses: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
             stack.extend(node.next_functions)
 
 
-def count_outside(named: Mapping[str, Tensor], parameters: Parameters) -> int:
-    """The number of leaves outside the optimizer that the losses reach.
+def outside_leaves(named: Mapping[str, Tensor], parameters: Parameters) -> list[Tensor]:
+    """The leaves outside the optimizer that the losses reach.
 
     Raises:
         ValueError: a loss surely reaches no managed parameter.
     """
     managed = {id(param) for param in parameters.managed}
     inside = managed | {id(param) for param in parameters.others}
-    outside: set[int] = set()
+    outside: dict[int, Tensor] = {}
     for name, loss in named.items():
         leaves, hides = reached_leaves([loss])
         if not hides and not any(id(leaf) in managed for leaf in leaves):
             raise reaches_nothing(name)
-        outside.update(id(leaf) for leaf in leaves if id(leaf) not in inside)
-    return len(outside)
+        outside.update((id(leaf), leaf) for leaf in leaves if id(leaf) not in inside)
+    return list(outside.values())
 
 
 def reaches_nothing(name: str) -> ValueError:

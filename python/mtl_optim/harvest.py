@@ -3,62 +3,118 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .grads import Row, put_grads, take_grads
+from .grads import Row, is_plain, put_grads, take_grads
+
+_ByStorage = dict[int, list[Tensor]]
+"""Tensors by the address of their storage: only those in one storage can overlap."""
 
 
 class Harvest:
     """Takes rows out of ``.grad`` so that each can be written to without touching another.
 
-    Autograd may hand out gradients that are views of one buffer (two parameters reshaped and added share
-    theirs). Rows are combined in place, so a tensor that overlaps one taken earlier is copied; all others
-    are taken as they are.
+    Autograd may hand out gradients that are views of one buffer (two parameters reshaped and added share theirs). Rows
+    are combined in place and other gradients added to, so a tensor that overlaps another of its pass, or one that stays
+    in ``.grad``, is copied; all others are taken as they are. One that overlaps what an *earlier* pass left has
+    overwritten it, and is refused.
     """
 
     def __init__(self) -> None:
-        self._owners: dict[int, list[Tensor]] = {}
+        self._taken: _ByStorage = {}
+        self._versions: dict[str, list[int]] = {}
+        self._before: tuple[_ByStorage, dict[str, list[int]]] = ({}, {})
+        self._task = ""
+        self._overwritten: list[Tensor] = []
+        self._visible: dict[int, list[tuple[int, int]]] = {}
         self._warned_sparse = False
 
     def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
-        """Nothing to do: autograd brings the memory."""
+        """Notes where the gradients of earlier steps lie; autograd brings the memory for new ones."""
+        self._before = (self._taken.copy(), self._versions.copy())
+        grads = _by_storage(param.grad for param in params)
+        self._visible = {storage: [_span(grad) for grad in found] for storage, found in grads.items()}
 
     def open(self, task: str, params: Sequence[Tensor], previous: Row | None) -> None:
+        self._task = task
         if previous is not None:
+            self.check({task: previous})
             put_grads(params, previous)
 
-    def take(self, params: Sequence[Tensor], previous: Row | None) -> Row:
-        """The row now in ``.grad``, which is None afterwards; sparse gradients become dense."""
+    def take(self, params: Sequence[Tensor], previous: Row | None, others: Sequence[Tensor]) -> Row:
+        """The row now in ``.grad``, which is None afterwards; sparse gradients become dense.
+
+        Raises:
+            RuntimeError: a gradient lies where an earlier one did.
+        """
         row = take_grads(params)
+        mine, staying = _ByStorage(), _by_storage(other.grad for other in others)
+        spoiled: tuple[int, str] | None = None
         for p, grad in enumerate(row):
-            if grad is None or (previous is not None and grad is previous[p]):
+            before = None if previous is None else previous[p]
+            if grad is None or grad is before:
                 continue
-            if grad.layout != torch.strided:
+            if grad.layout is not torch.strided:
                 grad = row[p] = self._densify(grad)
             elif grad.requires_grad:
                 grad = row[p] = grad.detach()
-            storage = grad.untyped_storage().data_ptr()
-            if storage == 0:
+            storage = grad.untyped_storage()
+            key = storage.data_ptr()
+            if key == 0:
                 continue
-            owners = self._owners.get(storage)
-            if owners is None:
-                self._owners[storage] = [grad]
-            elif any(_overlap(grad, owner) for owner in owners):
-                grad = row[p] = grad.clone()
-                self._owners.setdefault(grad.untyped_storage().data_ptr(), []).append(grad)
-            else:
-                owners.append(grad)
+            if key in self._taken or key in self._visible:
+                lost = [owner for owner in self._taken.get(key, ()) if owner is not before and _overlap(grad, owner)]
+                self._overwritten += lost
+                if lost:
+                    spoiled = spoiled or (p, "a row of this step")
+                elif any(_meet(_span(grad), other) for other in self._visible.get(key, ())):
+                    spoiled = spoiled or (p, "a gradient of an earlier step, which zero_grad() would let go of")
+            if key in mine or key in staying:
+                if any(_overlap(grad, other) for other in (*mine.get(key, ()), *staying.get(key, ()))):
+                    grad = row[p] = grad.clone()
+                    storage = grad.untyped_storage()
+                    key = storage.data_ptr()
+            if grad.nbytes < storage.nbytes():
+                # Others may lie beside it: with a version counter of its own, a change to them is none to the row.
+                grad = row[p] = grad.data
+            mine.setdefault(key, []).append(grad)
+        if spoiled is not None:
+            raise _overwritten(*spoiled, params)
+        for key in self._taken.keys() & mine.keys():
+            mine[key] = self._taken[key] + mine[key]
+        self._taken.update(mine)
+        self._versions[self._task] = _versions(row)
         return row
 
-    def close(self) -> None:
-        """Nothing to do: what a pass left in ``.grad`` goes with it."""
+    def check(self, rows: Mapping[str, Row]) -> None:
+        """Raise RuntimeError if a row was changed in place since it was taken.
+
+        Where it is unknown which tensors outside the optimizer a loss reaches, one of their gradients may share the
+        memory of a row, and autograd adds to it at the next pass.
+        """
+        for task, row in rows.items():
+            found, expected = _versions(row), self._versions[task]
+            if found != expected:
+                present = [(p, grad) for p, grad in enumerate(row) if grad is not None]
+                p, grad = next(pair for pair, a, b in zip(present, found, expected, strict=True) if a != b)
+                raise RuntimeError(
+                    f"the row of task {task!r} changed after it was captured: the gradient of parameter {p} of shape "
+                    f"{list(grad.shape)} shares memory with one that was added to since, of a tensor outside the "
+                    'optimizer or kept by a hook. Call opt.zero_grad() and use capture="arena", or put that parameter '
+                    "into a param group with mtl=False"
+                )
+
+    def close(self) -> bool:
+        (self._taken, self._versions), self._before = self._before, ({}, {})
+        overwritten, self._overwritten = self._overwritten, []
+        return any(lost is owner for lost in overwritten for owners in self._taken.values() for owner in owners)
 
     def forget(self) -> None:
         """Starts a new step: the rows taken so far are gone."""
-        self._owners.clear()
+        self._taken, self._versions, self._before, self._visible = {}, {}, ({}, {}), {}
 
     def _densify(self, grad: Tensor) -> Tensor:
         if not self._warned_sparse:
@@ -72,12 +128,37 @@ class Harvest:
         return grad.to_dense()
 
 
+def _overwritten(p: int, what: str, params: Sequence[Tensor]) -> RuntimeError:
+    return RuntimeError(
+        f"the gradient of parameter {p} of shape {list(params[p].shape)} came in the memory of {what}, and has "
+        "overwritten it: the backward pass returns the same buffer every time, as that of "
+        'torch.cuda.make_graphed_callables does. Use capture="arena", which copies every gradient at once'
+    )
+
+
+def _by_storage(grads: Iterable[Tensor | None]) -> _ByStorage:
+    found: _ByStorage = {}
+    for grad in grads:
+        if grad is not None and is_plain(grad):
+            found.setdefault(grad.untyped_storage().data_ptr(), []).append(grad)
+    return found
+
+
+def _versions(row: Row) -> list[int]:
+    """The version counters of a row, by which a change in place shows."""
+    return [grad._version for grad in row if grad is not None]
+
+
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the address ranges of two tensors meet."""
-    begin_a, begin_b = a.data_ptr(), b.data_ptr()
-    return begin_a < begin_b + _extent(b) and begin_b < begin_a + _extent(a)
+    return _meet(_span(a), _span(b))
 
 
-def _extent(tensor: Tensor) -> int:
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (span + 1) * tensor.element_size() if tensor.numel() else 0
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses a tensor lies between."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.data_ptr()
+    return begin, begin + ((reach + 1) * tensor.element_size() if tensor.numel() else 0)
+
+
+def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return a[0] < b[1] and b[0] < a[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .capture import CAPTURES, run_backward
 from .combination import Combined, Combiner
 from .cuda_graphs import refuse_capture
 from .grads import Isolation, Row, add_grads, take_grads
-from .graph import Parameters, count_outside, select_parameters, split_compiled_graph
+from .graph import Parameters, outside_leaves, select_parameters, split_compiled_graph
 from .methods import Method
 from .pending import Pending, stack_losses
 from .progress import OpenBlock, Progress
@@ -108,6 +109,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         self._combiner = Combiner(self.method, self.head_scaling, self.granularity)
         self._pending = Pending(CAPTURES[self.capture]())
         self._inspected: set[str] = set()
+        self._outside: list[weakref.ref[Tensor]] = []
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -162,6 +164,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             for name in named:
                 pending.check_new(name)
         self._inspect(named, parameters)
+        others = self._unmanaged(parameters)
         if not accumulate and self._backward_reusing(named, parameters, retain_graph):
             return
         pending.prepare(tasks, managed)
@@ -173,7 +176,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 pending.open(name, managed, previous)
                 keep = retain_graph or k < len(named) - 1
                 run_backward(functools.partial(loss.backward, retain_graph=keep))
-                rows[name] = pending.take(name, managed, previous)
+                rows[name] = pending.take(name, managed, previous, others)
             values = pending.losses_with(named) if self.method.needs_losses else {}
             combined = None if accumulate else self._combine_rows(tasks, rows, values, parameters)
         except BaseException:
@@ -296,6 +299,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             validate.check_param_groups([param_group])
         self.optimizer.add_param_group(param_group)
         self._inspected.clear()
+        self._outside.clear()
         self._progress.reusable = None
 
     @property
@@ -419,12 +423,13 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def _inspect(self, named: Mapping[str, Tensor], parameters: Parameters) -> None:
         """Looks once through the graph of each new loss for parameters that the optimizer does not hold."""
         new = {name: loss for name, loss in named.items() if name not in self._inspected}
-        outside = count_outside(new, parameters)
+        outside = outside_leaves(new, parameters)
         self._inspected.update(new)
         if outside:
+            self._outside.extend(map(weakref.ref, outside))
             self._warn_once(
                 "outside",
-                f"the losses reach {outside} tensor(s) that require grad and are not in the optimizer; their "
+                f"the losses reach {len(outside)} tensor(s) that require grad and are not in the optimizer; their "
                 ".grad is the plain sum over the losses, and opt.zero_grad() does not clear it",
             )
         if split_compiled_graph(new.values()):
@@ -434,6 +439,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 "parameter in it (with zeros), so that heads count as shared; compile the shared part and the "
                 "heads one by one",
             )
+
+    def _unmanaged(self, parameters: Parameters) -> list[Tensor]:
+        """The tensors known to receive gradients that are not combined."""
+        outside = [leaf for ref in self._outside if (leaf := ref()) is not None]
+        return [*parameters.others, *outside]
 
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned:
@@ -453,6 +463,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 f"there is nothing to combine: only task {next(iter(rows))!r} is present. Pass the losses "
                 "one by one, not their sum",
             )
+        self._pending.check_rows(rows)
         needed = self.method.needs_losses
         values = stack_losses(losses, tasks, parameters.managed[0].device) if needed else None
         absent: Row = [None] * len(parameters.managed)
@@ -509,14 +520,20 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def _open_block(self, block: TaskBlock, name: str, accumulate: bool) -> None:
         self._check_idle(f"task({name!r})")
         validate.check_single_rank()
-        managed, _, others = select_parameters(self.param_groups)
+        parameters = select_parameters(self.param_groups)
+        managed = parameters.managed
         self._pending.check_params(managed)
         if not accumulate:
             self._pending.check_new(name)
         self._pending.prepare(self._with_tasks([name]), managed)
-        versions = self._pending.versions()
-        self._progress.block = OpenBlock(block, name, managed, Isolation(managed, others), versions)
-        self._pending.open(name, managed, self._pending.rows.get(name))
+        versions, isolation = self._pending.versions(), Isolation(managed, parameters.others)
+        try:
+            self._pending.open(name, managed, self._pending.rows.get(name))
+        except BaseException:
+            isolation.undo()
+            raise
+        others = self._unmanaged(parameters)
+        self._progress.block = OpenBlock(block, name, managed, others, isolation, versions)
 
     def _close_block(self, block: TaskBlock, failed: bool) -> None:
         opened = self._progress.block
@@ -527,7 +544,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         try:
             if failed:
                 return
-            row = pending.take(name, opened.managed, pending.rows.get(name))
+            row = pending.take(name, opened.managed, pending.rows.get(name), opened.others)
             tasks = self._with_tasks([name])
             if self.method.needs_losses and block.loss is None:
                 raise ValueError(

@@ -65,12 +65,16 @@ class Pending:
         """Sets ``.grad`` for a pass of the task, on top of its row so far."""
         self._capture.open(name, params, previous)
 
-    def take(self, name: str, params: Sequence[Tensor], previous: Row | None) -> Row:
+    def take(self, name: str, params: Sequence[Tensor], previous: Row | None, others: Sequence[Tensor]) -> Row:
         """The row now in ``.grad``; see `Capture.take`. Raise ValueError if it is empty."""
-        row = self._capture.take(params, previous)
+        row = self._capture.take(params, previous, others)
         if all(grad is None for grad in row):
             raise reaches_nothing(name)
         return row
+
+    def check_rows(self, rows: Mapping[str, Row]) -> None:
+        """Raise RuntimeError if one is not what was captured; see `Capture.check`."""
+        self._capture.check(rows)
 
     def losses_with(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss values of the step with those of ``named`` added."""
@@ -85,12 +89,11 @@ class Pending:
         return {id(grad): grad._version for row in self.rows.values() for grad in row if grad is not None}
 
     def after_failure(self, versions: Mapping[int, int]) -> None:
-        """Drops rows that an interrupted pass has added to: half a micro-batch must not be stepped with."""
-        self._capture.close()
-        if versions != self.versions():
+        """Drops rows that a failed pass has changed: half a micro-batch must not be stepped with."""
+        if self._capture.close() or versions != self.versions():
             self.clear()
             warnings.warn(
-                "an error interrupted the accumulation into captured rows: all rows of this step were dropped",
+                "a pass that failed has changed rows captured before: all rows of this step were dropped",
                 UserWarning,
                 stacklevel=4,
             )

@@ -19,6 +19,7 @@ class OpenBlock:
     block: TaskBlock
     name: str
     managed: list[Tensor]
+    others: list[Tensor]
     isolation: Isolation
     versions: dict[int, int]
     done: bool = False
