@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .cuda_graphs import capturing, refuse_capture
-from .grads import Row, is_plain, put_grads, take_grads
+from .grads import Row, is_plain, put_grads, same_tensors, take_grads
 
 _ALIGNMENT = 256
 """Bytes that every row, and every parameter in it, starts at a multiple of: enough for any vector load."""
@@ -50,7 +50,7 @@ class Arena:
         """
         self._in_graph = self._in_graph or capturing()
         layout = [(param.shape, param.stride(), _grad_dtype(param), param.device) for param in params]
-        if layout != self._layout or any(a is not b for a, b in zip(params, self._params, strict=True)):
+        if layout != self._layout or not same_tensors(params, self._params):
             self._lay_out(params, layout)
         new = [task for task in tasks if task not in self._rows]
         if new:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,11 @@ Row = list[Tensor | None]
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is dense and of no subclass, so that its memory is all there is to it."""
     return type(tensor) is Tensor and tensor.layout is torch.strided
+
+
+def same_tensors(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Whether two sequences hold the same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def take_grads(params: Sequence[Tensor]) -> Row:

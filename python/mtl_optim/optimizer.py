@@ -19,7 +19,7 @@ from . import validate
 from .capture import CAPTURES, run_backward
 from .combination import Combined, Combiner
 from .cuda_graphs import refuse_capture
-from .grads import Isolation, Row, add_grads, take_grads
+from .grads import Isolation, Row, add_grads
 from .graph import Parameters, outside_leaves, select_parameters, split_compiled_graph
 from .methods import Method
 from .pending import Pending, stack_losses
@@ -69,9 +69,9 @@ class MultiTaskOptimizer(OptimizerWrapper):
             "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the
             same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
-            weighted backward pass with the last weights. Needs granularity="model". A step with other tasks,
-            with `task` blocks or with ``accumulate=True`` computes them anew, as does the one after gradients
-            that were not finite.
+            weighted backward pass with the last weights. Needs granularity="model". A step with other tasks or
+            parameters, with `task` blocks or with ``accumulate=True`` computes them anew, as do the one after
+            gradients that were not finite and one with 16-bit losses, which would round the weights.
         tasks: the names, fixed; any other name then raises. ``None`` takes names as they appear.
 
     Raises:
@@ -164,10 +164,10 @@ class MultiTaskOptimizer(OptimizerWrapper):
             for name in named:
                 pending.check_new(name)
         self._inspect(named, parameters)
-        others = self._unmanaged(parameters)
         if not accumulate and self._backward_reusing(named, parameters, retain_graph):
             return
         pending.prepare(tasks, managed)
+        others = self._unmanaged(parameters)
         isolation = Isolation(managed, parameters.others)
         rows, versions = dict(pending.rows), pending.versions()
         try:
@@ -479,19 +479,26 @@ class MultiTaskOptimizer(OptimizerWrapper):
         self._progress.has_gradient = True
         self._progress.reusable = None
         if self.refresh_every > 1:
-            self._progress.reusable = Reusable.of(combined, present)
+            self._progress.reusable = Reusable.of(combined, present, managed)
 
     def _backward_reusing(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
-        last, managed = self._progress.reusable, parameters.managed
+        last, managed, pending = self._progress.reusable, parameters.managed, self._pending
         if (
             last is None
-            or self._pending.rows
+            or pending.rows
             or last.age + 1 >= self.refresh_every
             or set(last.present) != set(named)
-            or len(last.owner) != len(managed)
+            or not last.fits(managed)
             or not last.finite
         ):
+            return False
+        if (dtype := last.too_coarse(named)) is not None:
+            self._warn_once(
+                "coarse",
+                f"losses in {str(dtype).removeprefix('torch.')} would round the weights, so that refresh_every has no "
+                "effect here; compute them in float32, from outputs.float()",
+            )
             return False
         passes = last.passes(named, parameters, self.head_scaling == "none")
         if passes is None:
@@ -501,18 +508,22 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 "has no effect here; call checkpoint(..., use_reentrant=False)",
             )
             return False
+        pending.prepare(self._progress.tasks, managed)
         isolation = Isolation(managed, parameters.others)
         try:
+            pending.open(last.present[0], managed, None)  # the row of any task will do for the sum over all
             for k, one_pass in enumerate(passes):
                 run_backward(functools.partial(one_pass, retain_graph=retain_graph or k < len(passes) - 1))
-            grads = take_grads(managed)
+            grads = pending.take(last.present[0], managed, None, self._unmanaged(parameters))
         except BaseException:
             isolation.undo()
+            pending.after_failure({})
             raise
         isolation.finish()
         with torch.no_grad():
             add_grads(managed, grads)
-        self._progress.reusable = last.older()
+        pending.clear()
+        self._progress.reusable = last.older(managed)
         self._progress.report = None if self._progress.report is None else self._progress.report.aged()
         self._progress.has_gradient = True
         return True

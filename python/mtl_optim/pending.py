@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture
-from .grads import Row
+from .grads import Row, same_tensors
 from .graph import reaches_nothing
 
 
@@ -50,9 +50,7 @@ class Pending:
 
     def check_params(self, params: Sequence[Tensor]) -> None:
         """Raise RuntimeError if the rows were captured over other parameters."""
-        if self.rows and not (
-            len(self._params) == len(params) and all(a is b for a, b in zip(self._params, params, strict=True))
-        ):
+        if self.rows and not same_tensors(self._params, params):
             raise RuntimeError(
                 "the parameters that require grad changed since tasks were captured; call zero_grad() and capture again"
             )

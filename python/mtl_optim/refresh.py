@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .combination import Combined
+from .grads import same_tensors
 from .graph import Parameters, reached_leaves
 
 
@@ -25,15 +26,17 @@ class Reusable:
         owner: per managed parameter its only task, as an index into ``present``; None where several or none
             reach it.
         age: steps since the weights were computed.
+        params: the managed parameters; None if the weights came from a state dict and were not used since.
     """
 
     present: tuple[str, ...]
     weights: Tensor
     owner: tuple[int | None, ...]
     age: int = 0
+    params: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def of(cls, combined: Combined, present: Sequence[str]) -> Reusable:
+    def of(cls, combined: Combined, present: Sequence[str], managed: Sequence[Tensor]) -> Reusable:
         """What a step leaves behind; it had one problem over the whole model."""
         report = combined.report
         index = [report.tasks.index(name) for name in present]
@@ -41,16 +44,32 @@ class Reusable:
         weights = torch.where(report.active, report.weights, 1.0)
         weights = torch.where(report.gram.isfinite().all(), weights, torch.nan)
         owner = tuple(None if k is None else position[k] for k in combined.owner)
-        return cls(tuple(present), torch.stack([weights[k] for k in index]), owner)
+        return cls(tuple(present), torch.stack([weights[k] for k in index]), owner, params=tuple(managed))
 
-    def older(self) -> Reusable:
+    def older(self, managed: Sequence[Tensor]) -> Reusable:
         """The same one step later."""
-        return dataclasses.replace(self, age=self.age + 1)
+        return dataclasses.replace(self, age=self.age + 1, params=tuple(managed))
+
+    def fits(self, managed: Sequence[Tensor]) -> bool:
+        """Whether ``owner`` speaks of these parameters; a state dict tells no more than their number."""
+        return len(self.owner) == len(managed) if self.params is None else same_tensors(self.params, managed)
 
     @property
     def finite(self) -> bool:
         """Whether the weights may be used again; the host waits for them the first time."""
         return self.age > 0 or bool(self.weights.isfinite().all())
+
+    def too_coarse(self, named: Mapping[str, Tensor]) -> torch.dtype | None:
+        """The dtype of losses that would round the weights; the host waits for them the first time.
+
+        Autograd casts the gradient that a backward pass starts from to the dtype of the loss.
+        """
+        narrow = {k: named[name].dtype for k, name in enumerate(self.present) if named[name].dtype.itemsize < 4}
+        if self.age > 0 or not narrow:
+            return None
+        weights = self.weights[list(narrow)]
+        rounded = torch.stack([self.weights[k].to(dtype).double() for k, dtype in narrow.items()])
+        return None if torch.equal(rounded, weights) else next(iter(narrow.values()))
 
     def passes(
         self,

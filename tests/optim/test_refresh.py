@@ -131,3 +131,99 @@ def test_checkpointing(reentrant: bool) -> None:
         opt.backward(model.losses())
     assert opt.report.age == (0 if reentrant else 1)
     assert all(torch.allclose(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_sparse_gradients_are_dense_in_every_step() -> None:
+    """Adam refuses sparse ones."""
+    embedding = nn.Embedding(5, 3, sparse=True)
+    opt = MultiTaskOptimizer(torch.optim.Adam(embedding.parameters(), lr=0.1), MGDA(), refresh_every=2)
+    for step in range(3):
+        out = embedding(torch.tensor([1, 3]))
+        opt.zero_grad()
+        with pytest.warns(UserWarning, match="made dense") if step == 0 else contextlib.nullcontext():
+            opt.backward([out.sum(), out.square().sum()])
+        assert opt.report.age == step % 2 and not embedding.weight.grad.is_sparse
+        opt.step()
+
+
+@pytest.mark.usefixtures("each_capture")
+def test_gradients_that_share_memory_are_taken_apart_in_every_step() -> None:
+    a, b = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(3, 2))
+    opt = MultiTaskOptimizer(torch.optim.SGD([a, b], lr=0.1), Constant([1, 3]), refresh_every=9)
+    for step in range(3):
+        if step < 2:
+            opt.zero_grad()
+        total = a.view(-1) + b.view(-1)
+        opt.backward([(total * torch.arange(6.0)).sum(), (total * 10).sum()])
+    assert opt.report.age == 2
+    assert all(p.grad.flatten().tolist() == [60, 62, 64, 66, 68, 70] for p in (a, b))
+
+
+class Net(nn.Module):
+    """Two trunks and a head; which trunk is frozen decides which task reaches the head alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.second = (nn.Parameter(torch.tensor(v)) for v in ([1.0, 2.0], [3.0], [1.0, 1.0]))
+
+    def losses(self) -> dict[str, Tensor]:
+        product = self.first * self.second
+        return {"a": product[0] * self.head.sum(), "b": product.sum()}
+
+
+def test_other_parameters_of_the_same_number_force_new_weights() -> None:
+    found = []
+    for refresh_every in (1, 4):
+        net = Net()
+        opt = MultiTaskOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.0), Constant([2, 5]), refresh_every=refresh_every
+        )
+        for frozen, thawed in ((net.second, net.first), (net.first, net.second)):
+            frozen.requires_grad_(False)
+            thawed.requires_grad_(True)
+            opt.zero_grad()
+            opt.backward(net.losses())
+        assert opt.report.age == 0
+        found.append((net.head.grad.tolist(), net.second.grad.tolist()))
+        for age in (1, 2):
+            opt.zero_grad()
+            opt.backward(net.losses())
+            assert opt.report.age == (age if refresh_every > 1 else 0)
+    assert found[0] == found[1] == ([1], [11, 10])
+
+
+def test_weights_that_were_saved_are_for_the_parameters_of_the_next_step() -> None:
+    net, other = Net(), Net()
+    options = {"method": Constant([2, 5]), "refresh_every": 4}
+    opt = MultiTaskOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), **options)
+    resumed = MultiTaskOptimizer(torch.optim.SGD(other.parameters(), lr=0.0), **options)
+    net.second.requires_grad_(False)
+    opt.backward(net.losses())
+    resumed.load_state_dict(opt.state_dict())
+    other.second.requires_grad_(False)  # frozen after loading
+    for number in (1, 2):
+        resumed.backward(other.losses())
+        assert resumed._progress.reusable.age == number
+    other.first.requires_grad_(False)
+    other.second.requires_grad_(True)
+    resumed.backward(other.losses())
+    assert resumed.report.age == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_too_coarse_for_the_weights(dtype: torch.dtype) -> None:
+    """Autograd hands a loss its gradient in the dtype of the loss."""
+
+    def run(method: Constant, refresh_every: int) -> tuple[list[float], int]:
+        w = nn.Parameter(torch.ones(3))
+        opt = MultiTaskOptimizer(torch.optim.SGD([w], lr=0.1), method, refresh_every=refresh_every)
+        for _ in range(3):
+            opt.zero_grad()
+            opt.backward([w.to(dtype).sum(), (w.to(dtype) * 2).sum()])
+        return w.grad.tolist(), opt.report.age
+
+    for weights in ([1.001, 3.003], [1e-8, 1]):
+        expected, _ = run(Constant(weights), 1)
+        with pytest.warns(UserWarning, match=f"{str(dtype).removeprefix('torch.')}.*compute them in float32"):
+            assert run(Constant(weights), 4) == (expected, 0)
+    assert run(Constant([0.5, 2]), 4) == ([4.5] * 3, 2)
