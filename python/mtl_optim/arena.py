@@ -110,8 +110,9 @@ class Arena:
         if self._in_graph:
             self._kept += self._buffers  # a graph that was captured goes on writing to them
             self._in_graph = False
-        elif any(buffer.is_cuda for buffer in self._buffers):
-            torch.cuda.synchronize()  # another stream than that of the allocation may still use them
+        else:
+            for device in {buffer.device for buffer in self._buffers if buffer.is_cuda}:
+                torch.cuda.synchronize(device)  # another stream than that of the allocation may still use them
         _remove(self._hooks)
         self._rows, self._buffers = {}, []
         self._params, self._layout = list(params), layout

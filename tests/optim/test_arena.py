@@ -7,6 +7,7 @@ import gc
 import itertools
 import random
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,3 +243,19 @@ def test_nothing_is_left_behind() -> None:
     gc.collect()
     assert not weight._post_accumulate_grad_hooks
     model.losses()[0].backward()
+
+
+def test_buffers_are_waited_for_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of another device than the current one may still be in use there."""
+    model = TwoHeads(2)
+    opt = arena(model)
+    opt.backward(model.losses())
+    devices = [torch.device(name) for name in ("cuda:1", "cuda:1", "cpu", "cuda:3")]
+    buffers = [SimpleNamespace(is_cuda=device.type == "cuda", device=device) for device in devices]
+    monkeypatch.setattr(opt._pending._capture, "_buffers", buffers)
+    waited: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    model.trunk[0].requires_grad_(False)
+    opt.zero_grad()
+    opt.backward(model.losses())
+    assert sorted(map(str, waited)) == ["cuda:1", "cuda:3"]
