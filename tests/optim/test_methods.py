@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import pickle
 
 import pytest
@@ -16,6 +17,7 @@ from mtl_optim import MGDA, Constant, Mean, PCGrad, Sum, methods
 from optim.oracle import min_norm_pair, pcgrad_fixed, pcgrad_orders
 
 ALL = [Sum(), Mean(), Constant([0.5, 2.0, 1.0]), PCGrad(), PCGrad(order="fixed", reduction="mean"), MGDA()]
+META = torch.ones(3, dtype=torch.bool, device="meta")
 MATRIX = torch.tensor([[1.0, 0.0, 2.0], [-2.0, 1.0, 0.0], [0.5, -3.0, 0.1]], dtype=torch.float64)
 
 
@@ -169,6 +171,17 @@ def test_frozen_but_not_shared() -> None:
     assert pickle.loads(pickle.dumps(Constant([1, 2]))).config() == {"weights_per_task": (1.0, 2.0)}
 
 
+def test_constant_loaded_for_another_device() -> None:
+    """What it keeps on a device is not saved: it would be mapped elsewhere behind its back."""
+    constant = Constant([1, 2])
+    constant.weights(torch.eye(2))
+    file = io.BytesIO()
+    torch.save(constant, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=False)
+    assert loaded.weights(torch.eye(2)).tolist() == [1, 2] and loaded.config() == constant.config()
+
+
 def test_get() -> None:
     assert methods.get("pcgrad") is PCGrad and methods.get("MGDA") is MGDA
     assert methods.available() == ["constant", "mean", "mgda", "pcgrad", "sum"]
@@ -207,6 +220,9 @@ def test_get() -> None:
         (lambda: PCGrad().weights(MATRIX.long()), TypeError, "int64"),
         (lambda: Mean().weights(MATRIX, active=torch.ones(3)), TypeError, "bool"),
         (lambda: Sum().weights(MATRIX, active=torch.ones(2, dtype=torch.bool)), ValueError, r"\[3\]"),
+        (lambda: Sum().weights(MATRIX, active=META), ValueError, "Sum: expected active on cpu, .*found it on meta"),
+        (lambda: Mean().weights(MATRIX, active=META), ValueError, "on cpu, .*found it on meta"),
+        (lambda: Constant([1, 2, 3]).weights(MATRIX, active=META), ValueError, "on cpu, .*found it on meta"),
         (lambda: PCGrad()(MATRIX.long()), TypeError, "int64"),
         (lambda: MGDA()(torch.ones(129, 2)), ValueError, "128"),
         (lambda: MGDA()([[torch.ones(2)], [torch.ones(3)]]), ValueError, "shape"),

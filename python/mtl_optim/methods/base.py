@@ -183,7 +183,7 @@ def check_gram(owner: str, gram: Tensor) -> None:
 
 
 def check_active(owner: str, gram: Tensor, active: Tensor | None) -> None:
-    """Raise unless ``active`` is None or a bool tensor ``[K]`` or ``[..., K]`` that fits ``gram``."""
+    """Raise unless ``active`` is None or a bool tensor ``[K]`` or ``[..., K]`` that fits ``gram``, on its device."""
     if active is None:
         return
     if not isinstance(active, Tensor) or active.dtype != torch.bool:
@@ -191,6 +191,11 @@ def check_active(owner: str, gram: Tensor, active: Tensor | None) -> None:
         raise TypeError(f"{owner}: expected active as a bool tensor, found {found}")
     if active.shape not in (gram.shape[:-1], gram.shape[-1:]):
         raise ValueError(f"{owner}: expected active of shape {list(gram.shape[:-1])}, found {list(active.shape)}")
+    if active.device != gram.device:
+        raise ValueError(
+            f"{owner}: expected active on {gram.device}, where the Gram matrix is, found it on {active.device}; "
+            f"move it there with active.to({str(gram.device)!r})"
+        )
 
 
 def spread(owner: str, gram: Tensor, values: Tensor, active: Tensor | None) -> Tensor:

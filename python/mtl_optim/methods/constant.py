@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class Constant(Method):
         object.__setattr__(self, "weights_per_task", _as_weights(weights))
         object.__setattr__(self, "state", {})
         object.__setattr__(self, "_on_device", {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loaded with another map_location, a copy on a device would be found under the name of the old one.
+        return {**self.__dict__, "_on_device": {}}
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The given weights for every problem; see `Method.solve`.
