@@ -41,7 +41,7 @@ class Reusable:
         report = combined.report
         index = [report.tasks.index(name) for name in present]
         position = {k: i for i, k in enumerate(index)}
-        weights = torch.where(report.active, report.weights, 1.0)
+        weights = torch.where(report.mask, report.weights, 1.0)
         weights = torch.where(report.gram.isfinite().all(), weights, torch.nan)
         owner = tuple(None if k is None else position[k] for k in combined.owner)
         return cls(tuple(present), torch.stack([weights[k] for k in index]), owner, params=tuple(managed))

@@ -21,8 +21,7 @@ class Report:
         tasks: the K task names, in the order of the rows.
         gram: float64 ``[K, K]`` or ``[S, K, K]``.
         weights: float64 ``[K]`` or ``[S, K]``, of the original rows.
-        active: bool, shaped like ``weights``: the tasks that reached a shared parameter of the problem.
-            Where no parameter was shared, the tasks that were present (weight 1).
+        mask: `active` itself, which later steps and captured graphs go on reading: not to be written to.
         certificate: float64 ``[2]`` or ``[S, 2]``, `gap` and `iterations`; None for methods without one.
         problems: the S param group indices, or indices of parameters (counting those combined, in the order
             of the optimizer); empty for ``granularity="model"``.
@@ -32,10 +31,18 @@ class Report:
     tasks: tuple[str, ...]
     gram: Tensor
     weights: Tensor
-    active: Tensor
+    mask: Tensor
     certificate: Tensor | None = None
     problems: tuple[int, ...] = ()
     age: int = 0
+
+    @property
+    def active(self) -> Tensor:
+        """The tasks that reached a shared parameter of the problem: bool, shaped like ``weights``, a copy.
+
+        Where no parameter was shared, the tasks that were present (weight 1).
+        """
+        return self.mask.clone()
 
     @property
     def norms(self) -> Tensor:
@@ -60,7 +67,7 @@ class Report:
     @property
     def conflict_fraction(self) -> Tensor:
         """The share of active pairs with a negative cosine, over all problems (0 if there are none)."""
-        pairs = (self.active.unsqueeze(-1) & self.active.unsqueeze(-2)).triu(diagonal=1)
+        pairs = (self.mask.unsqueeze(-1) & self.mask.unsqueeze(-2)).triu(diagonal=1)
         conflicts = (pairs & (self.gram < 0)).sum()
         return conflicts.double() / pairs.sum().clamp(min=1)
 
@@ -72,8 +79,8 @@ class Report:
         gram, weights = self.gram, self.weights
         if gram.dim() == 3:
             lines.append(f"{gram.shape[0]} problems: norms and cosines over all, weights averaged")
-            count = self.active.sum(0).clamp(min=1)
-            gram, weights = gram.sum(0), (weights * self.active).sum(0) / count
+            count = self.mask.sum(0).clamp(min=1)
+            gram, weights = gram.sum(0), (weights * self.mask).sum(0) / count
         norms, cosines = mtl_kernels.norms(gram).tolist(), mtl_kernels.cosines(gram).tolist()
         width = max(4, *(len(name) for name in self.tasks))
         lines.append(f"{'task':<{width}}  {'norm':>10}  {'weight':>10}  cosines")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad
+from mtl_optim import MGDA, Mean, MultiTaskOptimizer, PCGrad
 
 
 def test_report() -> None:
@@ -36,3 +37,20 @@ def test_certificate() -> None:
     assert torch.allclose(opt.report.weights, torch.tensor([0.2, 0.8], dtype=torch.float64))
     assert abs(float(opt.report.gap)) < 1e-12 and opt.report.iterations.dtype == torch.int64
     assert "duality gap" in str(opt.report)
+
+
+@pytest.mark.parametrize("granularity", ["model", "group"])
+def test_a_report_that_is_written_to_changes_no_later_step(granularity: str) -> None:
+    w, head = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    opt = MultiTaskOptimizer(torch.optim.SGD([w, head], lr=0.1), Mean(), granularity=granularity, tasks=["a", "b", "c"])
+    for losses in ({"a": w.sum(), "b": 3 * w.sum()}, {"a": w.sum(), "b": head.sum()}):
+        for _ in range(2):
+            opt.zero_grad()
+            opt.backward(losses, retain_graph=True)
+            report = opt.report
+            assert report.active.flatten().tolist() == [True, True, False]
+            for tensor in (report.active, report.weights, report.gram):
+                tensor.zero_()
+    opt.zero_grad()
+    opt.backward({"a": w.sum(), "b": 3 * w.sum()})
+    assert w.grad.tolist() == [2, 2]
