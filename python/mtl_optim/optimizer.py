@@ -267,9 +267,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def _make_gradient(self) -> None:
         if self._pending.rows:
             self.combine()
-        if not self._progress.has_gradient:
+        # GradScaler does not call step() when it skips one: then only the gradients tell that they were dealt with.
+        there = any(param.grad is not None for group in self.param_groups for param in group["params"])
+        if not (self._progress.has_gradient and there):
             raise RuntimeError(
-                "step() with no task captured since the last step; call opt.backward([...]) or use "
+                "step() with no task captured since the last step or zero_grad(); call opt.backward([...]) or use "
                 "opt.task(name) first, or step the wrapped optimizer (opt.optimizer) to use plain gradients"
             )
 

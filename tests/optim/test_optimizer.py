@@ -172,6 +172,24 @@ def test_grad_scaler(fused: bool) -> None:
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("clear", ["wrapper", "wrapped", "model", "by hand"])
+def test_a_skipped_step_whose_gradients_were_cleared(clear: str) -> None:
+    """GradScaler does not call step() then, so nothing says that the gradients were dealt with until they are gone."""
+    model = TwoHeads(dtype=torch.float32)
+    opt = MultiTaskOptimizer(adam(model), PCGrad())
+    scaler = torch.amp.GradScaler("cpu")
+    opt.backward([scaler.scale(loss * torch.inf) for loss in model.losses()])
+    scaler.step(opt)
+    scaler.update()
+    if clear == "by hand":
+        for p in model.parameters():
+            p.grad = None
+    else:
+        {"wrapper": opt, "wrapped": opt.optimizer, "model": model}[clear].zero_grad()
+    with pytest.raises(RuntimeError, match="no task captured"):
+        opt.step()
+
+
 def test_grad_scaler_refuses_methods_without_scale() -> None:
     model = TwoHeads(dtype=torch.float32)
     opt = MultiTaskOptimizer(adam(model), MGDA(normalize="l2"))
