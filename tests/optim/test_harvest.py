@@ -158,6 +158,32 @@ def test_the_arena_takes_memory_that_is_overwritten(replayed: tuple[nn.Parameter
     assert opt.report.gram.tolist() == [[16, -48], [-48, 144]] and w.grad.tolist() == [-4] * 4
 
 
+def test_the_arena_takes_heads_that_a_second_pass_overwrites() -> None:
+    """With refresh_every, the pass for the shared parameters runs through the heads once more."""
+
+    class Head(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(hidden, weight)
+            return hidden * weight
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            hidden, weight = ctx.saved_tensors
+            Replayed.static.data.copy_(grad * hidden)
+            return grad * weight, Replayed.static.detach()
+
+    Replayed.static = torch.empty(4)
+    trunk, head = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    opt = MultiTaskOptimizer(torch.optim.SGD([trunk, head], lr=0.1), Constant([2, 3]), capture="arena", refresh_every=3)
+    for age in range(3):
+        opt.zero_grad()
+        hidden = trunk * 2
+        opt.backward([Head.apply(hidden, head).sum(), hidden.sum()])
+        assert opt.report.age == age
+        assert head.grad.tolist() == [2] * 4 and trunk.grad.tolist() == [10] * 4
+
+
 @pytest.mark.parametrize(
     ("where", "how"), [("mtl=False", "backward"), ("mtl=False", "blocks"), ("outside", "backward")]
 )
