@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from exact import DTYPES, check_combine, check_gram, dense, exact_gram, make_rows
+from placement import on_host
 from torch import Tensor
 
 import mtl_kernels as mk
@@ -111,12 +112,18 @@ def test_in_place(dtype: torch.dtype, which: int) -> None:
     assert torch.equal(matrix[others], kept[others])
 
 
+@on_host
+def values_of_every_size(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(count, generator=generator) * torch.exp(12 * torch.randn(count, generator=generator))
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_rounds_once_to_nearest_even(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(2)
-    values = torch.randn(1500, generator=generator) * torch.exp(12 * torch.randn(1500, generator=generator))
-    values = torch.cat([values.to(dtype), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan], dtype=dtype)])
+    values = torch.cat(
+        [values_of_every_size(1500).to(dtype), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan], dtype=dtype)]
+    )
     ones = torch.ones_like(values)
     for small in (2.0**-60, -(2.0**-60), 0.0):
         # Halfway between two numbers of 16 bits, and just beside it: rounding to float32 first would lose that.

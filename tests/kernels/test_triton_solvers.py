@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from placement import rng_state
 
 import mtl_kernels as mk
 from mtl_kernels.backends import BACKENDS
@@ -25,7 +26,7 @@ def random_gram(num_tasks: int, *batch: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_tasks", [9, 32, 40])
 def test_pcgrad_of_every_configuration(num_tasks: int) -> None:
-    gram, rng = random_gram(num_tasks), mk.rng_state(1, 2)
+    gram, rng = random_gram(num_tasks), rng_state(1, 2)
     torch.testing.assert_close(
         mk.pcgrad_weights(gram, rng=rng, backend="triton"), mk.reference.pcgrad_weights(gram, rng=rng),
         rtol=1e-11, atol=1e-11,
