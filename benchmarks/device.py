@@ -5,6 +5,7 @@ Whatever is CUDA's own is here: events, graphs, memory, the size of the L2, the 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -23,7 +24,11 @@ from .timing import Timing, summarize
 Call = Callable[[], object]
 
 _LABEL = "counted call"
+_TIMED = 0.05
+"""Seconds for which a sequence of calls is timed."""
 _BATCH = 10
+_SLOW_CALL = 1e-3
+"""From here on a call is timed alone: the clock and the wait before it no longer matter."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,11 @@ class Device(Protocol):
     def once(self, call: Call) -> float:
         """Seconds of one call until its work is done."""
 
-    def kernel_time(self, calls: Sequence[Call], repeats: int, capturable: bool) -> tuple[Timing, str]:
-        """Seconds of device time per call over a sequence of calls, and how it was taken: graph, events or clock."""
+    def kernel_time(self, calls: Sequence[Call], most: int) -> tuple[Timing, str]:
+        """Seconds of device time per call over a sequence of calls, and how it was taken: graph, events or clock.
+
+        The sequence is repeated for 50 ms, at most ``most`` times. Calls that wait for the device cannot be captured.
+        """
 
     def call_time(self, call: Call, repeats: int) -> Timing:
         """Seconds until a call returns to the host, with nothing else queued."""
@@ -64,6 +72,11 @@ class Device(Protocol):
 
     def stopwatch(self) -> Callable[[], Callable[[], float]]:
         """Starts a clock; calling the result stops it and gives a function that says the seconds, once all is done."""
+
+
+def repeats_for(once: float, most: int) -> int:
+    """How often a sequence that takes ``once`` seconds is timed; three times at the least, a very slow one once."""
+    return max(1 if once > _TIMED else min(3, most), min(most, int(_TIMED / max(once, 1e-9))))
 
 
 class Host:
@@ -84,8 +97,13 @@ class Host:
         call()
         return time.perf_counter() - begin
 
-    def kernel_time(self, calls: Sequence[Call], repeats: int, capturable: bool) -> tuple[Timing, str]:
-        return summarize([self.once(lambda: [call() for call in calls]) / len(calls) for _ in range(repeats)]), "clock"
+    def kernel_time(self, calls: Sequence[Call], most: int) -> tuple[Timing, str]:
+        def run() -> None:
+            for call in calls:
+                call()
+
+        repeats = repeats_for(self.once(run), most)
+        return summarize([self.once(run) / len(calls) for _ in range(repeats)]), "clock"
 
     def call_time(self, call: Call, repeats: int) -> Timing:
         return summarize([self.once(call) for _ in range(repeats)])
@@ -117,6 +135,7 @@ class Cuda:
         self.name: str = properties.name
         self.cache_bytes: int = getattr(properties, "L2_cache_size", 0) or 64 << 20
         self._stream = torch.cuda.Stream()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def free_bytes(self) -> int:
         gc.collect()
@@ -133,8 +152,8 @@ class Cuda:
         self.synchronize()
         return time.perf_counter() - begin
 
-    def kernel_time(self, calls: Sequence[Call], repeats: int, capturable: bool) -> tuple[Timing, str]:
-        graph = self._capture(calls) if capturable else None
+    def kernel_time(self, calls: Sequence[Call], most: int) -> tuple[Timing, str]:
+        graph = self._capture(calls)
         how = "events" if graph is None else "graph"
 
         def run() -> None:
@@ -144,9 +163,12 @@ class Cuda:
             for call in calls:
                 call()
 
-        # The first run is there to be waited for: what follows is queued before it ends, so that no gap is timed
+        once = self.once(run)
+        if once < _TIMED / 5:  # the first replay also uploads the graph
+            once = self.once(run)
+        # One more run is there to be waited for: what follows is queued before it ends, so that no gap is timed
         # in which the device waits for the host.
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats_for(once, most) + 1)]
         run()
         for mark in marks[:-1]:
             mark.record()
@@ -157,7 +179,8 @@ class Cuda:
 
     def _capture(self, calls: Sequence[Call]) -> torch.cuda.CUDAGraph | None:
         """The calls as one graph; None if they cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        failure = ""
         self.synchronize()
         gc.disable()  # What a collection frees in the middle of a capture would break it.
         try:
@@ -165,30 +188,44 @@ class Cuda:
                 for call in dict.fromkeys(calls):
                     call()
                 self.synchronize()
-                # Not `with torch.cuda.graph(...)`, which empties the allocator's cache every time.
-                graph.capture_begin()
                 try:
-                    for call in calls:
-                        call()
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            print(f"not captured: {str(error).splitlines()[0]}", flush=True)
-            self._stream = torch.cuda.Stream()
-            return None
+                    _record(graph, pool, calls)
+                except RuntimeError as error:
+                    failure = str(error.__context__ or error).splitlines()[0]
         finally:
             gc.enable()
             self.synchronize()
-        return graph
+        if not failure:
+            return graph
+        print(f"not captured: {failure}", flush=True)
+        self._abandon(graph, pool)
+        return None
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+        """Ends for the allocator a capture that failed.
+
+        Up to torch 2.12 capture_end does not (pytorch#180395), and the process would return no memory from then on;
+        nor did the graph let go of its pool (pytorch#190348).
+        """
+        graph.reset()
+        self._failed.append(graph)  # the allocator of pinned memory still asks it which stream is captured
+        self._stream = torch.cuda.Stream()
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            if not hasattr(torch._C, name):
+                print(f"torch {torch.__version__} has no {name}: memory that is freed may stay reserved", flush=True)
+                return
+            with contextlib.suppress(RuntimeError):  # where torch did it itself
+                getattr(torch._C, name)(self.device.index, pool)
 
     def call_time(self, call: Call, repeats: int) -> Timing:
+        batch = _BATCH if self.once(call) < _SLOW_CALL else 1
         seconds = []
         for _ in range(repeats):
             self.synchronize()
             begin = time.perf_counter()
-            for _ in range(_BATCH):
+            for _ in range(batch):
                 call()
-            seconds.append((time.perf_counter() - begin) / _BATCH)
+            seconds.append((time.perf_counter() - begin) / batch)
         self.synchronize()
         return summarize(seconds)
 
@@ -223,6 +260,16 @@ class Cuda:
             return lambda: begin.elapsed_time(end) / 1e3
 
         return stop
+
+
+def _record(graph: torch.cuda.CUDAGraph, pool: Any, calls: Sequence[Call]) -> None:
+    # Not `with torch.cuda.graph(...)`, which empties the allocator's cache every time.
+    graph.capture_begin(pool=pool)
+    try:
+        for call in calls:
+            call()
+    finally:
+        graph.capture_end()
 
 
 def counts_of(events: Sequence[Mapping[str, Any]]) -> Counts:

@@ -103,15 +103,25 @@ def gpu_plan(max_elements: int) -> list[tuple[int, int, torch.dtype]]:
             for dtype in (torch.float32, torch.bfloat16):
                 if num_tasks * num_columns <= max_elements:
                     found.append((num_tasks, num_columns, dtype))
-    first = {100_000_000: 0, 10_000: 1}
-    return sorted(
-        found, key=lambda rows: (first.get(rows[1], 2), rows[1] == 10_000_000, rows[0], rows[1], str(rows[2]))
-    )
+    order = {100_000_000: 0, 10_000: 1, 1_000_000: 3, 10_000_000: 4}
+    return sorted(found, key=lambda rows: (not has_budget(rows), order.get(rows[1], 2), rows[0], str(rows[2])))
+
+
+def has_budget(rows: tuple[int, int, torch.dtype]) -> bool:
+    return next(gpu_expected([rows]), None) is not None
 
 
 def gpu_kernels(num_columns: int) -> tuple[str, ...]:
-    """The kernels that are measured at a size; at 1e7 columns only those that move memory."""
-    return GPU_KERNELS[:2] if num_columns == 10_000_000 else GPU_KERNELS
+    """The kernels that are measured at a size; beside 1e4, 1e6 and 1e8 columns only those that move memory."""
+    return GPU_KERNELS if num_columns in (10_000, 1_000_000, 100_000_000) else GPU_KERNELS[:2]
+
+
+def gpu_expected(sizes: Sequence[tuple[int, int, torch.dtype]]) -> Iterator[tuple[Case, str]]:
+    """What has a budget among these sizes, and whether it is of the "kernel" or of the "latency"."""
+    for num_tasks, num_columns, dtype in sizes:
+        for kernel in gpu_kernels(num_columns):
+            case = Case(kernel, num_tasks, num_columns, dtype)
+            yield from ((case, measure) for measure in ("kernel", "latency") if gpu_budget(case, measure) is not None)
 
 
 def gpu_budget(case: Case, measure: str) -> float | None:

@@ -5,29 +5,28 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import platform
-import re
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from .provenance import commit, cpu_name, slug
+
 OURS = "mtl-kernels"
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class Row:
     """One provider on one case, in the columns of the CSV; an empty cell is None.
 
-    ratio: median / that of the denominator. times_ours: median / the median of mtl-kernels on the same case.
-    Both, and the verdict on the budget, are there only for results that were found correct.
+    ratio: median / that of the denominator. times_ours: median / the median of mtl-kernels on the same case, measured
+    the same way. Both, and the verdict on the budget, are there only for results that were found correct.
 
     On a GPU ``measure`` says what the time is of: "graph" or "events" for the kernels, "call" until a call returns to
-    the host, "latency" until the work of one call is done. "count" rows have no time: they say how many kernels a
-    call launches, how many copies and fills it makes, and how often the host waits for the device.
+    the host, "latency" until the work of one call is done. Rows of other measures have no time. "count": how many
+    kernels a call launches, how many copies and fills it makes, and how often the host waits for the device.
+    "left out", "failed" and "missing" (though it has a budget) say in ``note`` why.
     """
 
     kernel: str
@@ -52,6 +51,8 @@ class Row:
     launches: int | None = None
     copies: int | None = None
     syncs: int | None = None
+    backend: str = ""
+    note: str = ""
     machine: str = ""
     device: str = ""
     cpu: str = ""
@@ -65,7 +66,7 @@ class Row:
     @property
     def row_bytes(self) -> int:
         """Bytes of all rows."""
-        return self.K * self.N * getattr(torch, self.dtype).itemsize
+        return self.K * self.N * int(getattr(torch, self.dtype).itemsize)
 
 
 def judge(row: Row, error: float, limit: float, budget: float | None, budget_in_us: bool) -> Row:
@@ -84,42 +85,15 @@ def judge(row: Row, error: float, limit: float, budget: float | None, budget_in_
 
 
 def compare(rows: Sequence[Row]) -> None:
-    """Sets times_ours of the rows of one case, where both results are correct."""
+    """Sets times_ours of the rows of one case, where both results are correct.
+
+    Only times of one kind are compared: between events of a loop that waits for the host lies the host's time too,
+    which a replayed graph does not have.
+    """
     for row in rows:
-        ours = next((r for r in rows if r.provider == OURS and _kind(r) == _kind(row)), None)
+        ours = next((r for r in rows if r.provider == OURS and r.measure == row.measure), None)
         if ours is not None and row is not ours and row.correct and ours.correct:
             row.times_ours = row.median_us / ours.median_us
-
-
-def _kind(row: Row) -> str:
-    """What the row's time is of; kernels are kernels whichever way they were timed."""
-    return "kernel" if row.measure in ("graph", "events", "clock") else row.measure
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def slug(text: str) -> str:
-    """A file name from any text."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "machine"
-
-
-def commit() -> str:
-    """The commit of the source tree, "-dirty" where it has changes, or "unknown"."""
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 def environment(machine: str | None, device: str = "cpu") -> dict[str, str | int]:
@@ -141,18 +115,19 @@ def environment(machine: str | None, device: str = "cpu") -> dict[str, str | int
     }
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Writes all rows, replacing the file."""
+def write_csv(rows: Sequence[Row], path: Path, append: bool = False) -> None:
+    """Writes rows, replacing the file or at its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in asdict(row).items()})
+    names = [field.name for field in fields(Row)]
+    with path.open("a" if append else "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if not append:
+            writer.writerow(names)
+        writer.writerows([_cell(name, getattr(row, name)) for name in names] for row in rows)
 
 
-def _cell(value: object) -> object:
-    if value is None:
+def _cell(name: str, value: object) -> object:
+    if value is None or (name.endswith("_us") and value != value):  # NaN: a row without a time
         return ""
     return f"{value:.5g}" if isinstance(value, float) else value
 
@@ -168,15 +143,16 @@ def format_time(microseconds: float) -> str:
 
 def cells(row: Row) -> list[str]:
     """A row as the printed table shows it: no ratio of any kind for a result that is wrong."""
+    provider = f"{row.provider} [{row.measure}]" if row.measure in ("call", "latency") else row.provider
     if row.correct is False:
-        return [row.kernel, str(row.K), f"{row.N:,}" if row.N else "", row.dtype, row.provider,
+        return [row.kernel, str(row.K), f"{row.N:,}" if row.N else "", row.dtype, provider,
                 format_time(row.median_us), "", "", "", "", f"wrong ({row.error:.1e})"]  # fmt: skip
     return [
         row.kernel,
         str(row.K) if row.K else "",
         f"{row.N:,}" if row.N else "",
         row.dtype,
-        row.provider,
+        provider,
         format_time(row.median_us),
         f"{format_time(row.p20_us)} - {format_time(row.p80_us)}",
         "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",

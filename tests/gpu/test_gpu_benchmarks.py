@@ -1,6 +1,8 @@
 """The GPU benchmark, run on the CPU: what it plans, checks and writes does not depend on the device."""
 
+import contextlib
 import csv
+import gc
 import math
 from pathlib import Path
 
@@ -8,26 +10,65 @@ import pytest
 import torch
 
 import mtl_kernels as mk
-from benchmarks import checks, device, gpu, results, steps
-from benchmarks.device import Counts, Host, counts_of
-from benchmarks.plan import GPU_KERNELS, GPU_TASKS, Case, gpu_budget, gpu_kernels, gpu_plan
-from benchmarks.providers import SOLVERS, Provider, our_backends, providers
+from benchmarks import cases, checks, counts, device, gpu, results, steps
+from benchmarks.bench import Bench
+from benchmarks.device import Counts, Host, counts_of, repeats_for
+from benchmarks.plan import (
+    GPU_KERNELS,
+    GPU_TASKS,
+    Case,
+    gpu_budget,
+    gpu_expected,
+    gpu_kernels,
+    gpu_plan,
+    has_budget,
+)
+from benchmarks.providers import SOLVERS, Provider, backend_of, make_weights, our_backends, providers
 from benchmarks.results import OURS, Row, compare
 from mtl_optim import PCGrad
 
+CPU = torch.device("cpu")
 
-def bench(tmp_path: Path, seconds: float = 60.0) -> gpu.Bench:
-    return gpu.Bench(Host(), seconds, 2, tmp_path / "x.csv", results.environment("here"))
+
+def bench(tmp_path: Path, seconds: float = 60.0) -> Bench:
+    return Bench(Host(), seconds, 2, tmp_path / "x.csv", results.environment("here"))
+
+
+def stored(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
 
 
 def test_the_plan_covers_every_size() -> None:
     sizes = gpu_plan(int(2e10))
     assert len(sizes) == len(set(sizes)) == 2 * 5 * len(GPU_TASKS)
     assert {n for _, n, _ in sizes} >= {10_000, 1_000_000, 10_000_000, 100_000_000, 500_000_000}
-    assert [n for _, n, _ in sizes[:14]] == [100_000_000] * 14, "the sizes with a budget come first"
+    assert [n for _, n, _ in sizes[:12]] == [100_000_000] * 12
+    budgets = [has_budget(rows) for rows in sizes]
+    assert budgets == sorted(budgets, reverse=True), "the sizes with a budget come first"
+    assert sum(budgets) == 2 * (2 * len(GPU_TASKS) - 1) + 2 * 3, "1e8 but for K = 128, 1e4, and 1e9 / K for K <= 8"
     assert max(k * n for k, n, _ in sizes) == 12_800_000_000
     assert all(n % 16 == 0 for _, n, _ in sizes), "every row begins at an address that 16 bytes divide"
-    assert set(gpu_kernels(10_000)) == set(GPU_KERNELS)
+    assert set(gpu_kernels(10_000)) == set(GPU_KERNELS) and set(gpu_kernels(500_000_000)) == {"gram", "combine"}
+
+
+def test_what_must_not_be_missing() -> None:
+    found = {(case.kernel, what) for case, what in gpu_expected([(8, 10**8, torch.float32), (8, 10**4, torch.float32)])}
+    assert found == {("gram", "kernel"), ("combine", "kernel"), ("pcgrad_step", "latency"), ("mgda_step", "latency")}
+    assert not list(gpu_expected([(8, 10**6, torch.float32), (128, 10**8, torch.float32)]))
+
+
+def test_the_largest_rows_fit_an_h100() -> None:
+    largest = max(gpu_plan(int(2e10)), key=lambda rows: rows[0] * rows[1] * rows[2].itemsize)
+    case = Case("all", *largest)
+    assert case.row_bytes == 51_200_000_000
+    assert cases.needed_bytes(case, 1) < 0.8 * (78 << 30)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 16, 128])
+def test_weights_are_of_every_kind(num_tasks: int) -> None:
+    weights = make_weights(num_tasks, CPU)
+    assert weights.min() < 0 < weights.max() and bool((weights == 0).any()) == (num_tasks > 2)
+    assert torch.equal(weights.bfloat16().double(), weights)
 
 
 @pytest.mark.parametrize(("num_tasks", "share"), [(2, 0.9), (16, 0.9), (64, 0.75), (40, 0.825), (128, None)])
@@ -49,23 +90,27 @@ def test_the_exact_gram_of_any_shape() -> None:
 @pytest.mark.parametrize("kernel", GPU_KERNELS)
 def test_every_provider_is_right_and_a_wrong_one_is_seen(kernel: str, dtype: torch.dtype, tmp_path: Path) -> None:
     case = Case(kernel, 4, 5000, dtype)
-    inputs = gpu.make_inputs(4, 5000, dtype, 2, Host())
+    inputs = cases.make_inputs(4, 5000, dtype, 2, Host())
     exact = checks.exact_gram(inputs[0].rows)
     found = providers(case, exact, torch.device("cpu"))
     assert found[0].name == OURS and len({provider.name for provider in found}) == len(found)
     for provider in found:
-        rows = gpu.measure_provider(bench(tmp_path), case, provider, inputs, 3, 1e-6)
+        rows = cases.measure_provider(bench(tmp_path), case, provider, inputs, 3, 1e-6)
         assert all(row.correct for row in rows), f"{provider.name}: {rows[0].error}"
-        assert rows[0].ratio and rows[0].gb_per_s
+        if provider.capturable:
+            assert rows[0].ratio and rows[0].gb_per_s
+        else:
+            assert [row.measure for row in rows] == ["latency"], "the time of a loop that waits is not one of kernels"
+        assert all(bool(row.backend) == provider.name.startswith(OURS) for row in rows)
     right = found[0]
     wrong = Provider("wrong", right.make, lambda _: math.nan, right.limit)
-    rows = gpu.measure_provider(bench(tmp_path), case, wrong, inputs, 3, 1e-6)
+    rows = cases.measure_provider(bench(tmp_path), case, wrong, inputs, 3, 1e-6)
     assert not any(row.correct or row.ratio for row in rows)
 
 
 def test_an_output_that_was_not_written_is_seen() -> None:
     case = Case("combine", 3, 4000, torch.float32)
-    inputs = gpu.make_inputs(3, 4000, torch.float32, 1, Host())[0]
+    inputs = cases.make_inputs(3, 4000, torch.float32, 1, Host())[0]
     provider = providers(case, checks.exact_gram(inputs.rows), torch.device("cpu"))[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mk, "combine", lambda *args, **kwargs: None)
@@ -76,10 +121,10 @@ def test_an_output_that_was_not_written_is_seen() -> None:
 def test_solvers(kernel: str, tmp_path: Path) -> None:
     one = bench(tmp_path)
     for batch in (1, 3):
-        gpu.measure_solver(one, kernel, 4, batch)
+        cases.measure_solver(one, kernel, 4, batch)
     ours = [row for row in one.rows if row.provider == OURS]
     assert {(row.measure, row.batch) for row in ours} == {(m, b) for m in ("clock", "call", "latency") for b in (1, 3)}
-    assert all(row.correct for row in ours) and not one.failures
+    assert all(row.correct for row in ours) and not one.noted("failed")
 
 
 def test_a_failing_provider_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,37 +132,83 @@ def test_a_failing_provider_leaves_the_others(tmp_path: Path, monkeypatch: pytes
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(mk, "gram", no_gram)
-    monkeypatch.setattr(gpu, "gpu_kernels", lambda _: ("gram",))
+    monkeypatch.setattr(cases, "gpu_kernels", lambda _: ("gram",))
     one = bench(tmp_path)
-    gpu.measure_rows(one, 2, 20_000, torch.float32)
-    assert any("out of order" in failure for failure in one.failures)
+    cases.measure_rows(one, 2, 20_000, torch.float32)
+    failed = one.noted("failed")
+    assert failed[0].provider == OURS and failed[0].note == "RuntimeError: out of order"
     assert {row.provider for row in one.rows} >= {"torch copy_", "torch.mm"}
+    assert any("out of order" in fault for fault in gpu.faults(one))
+    assert any(row["note"] == "RuntimeError: out of order" and not row["median_us"] for row in stored(one.path))
+
+
+def test_no_memory_for_a_size_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(bench: Bench, num_tasks: int, num_columns: int, dtype: torch.dtype) -> None:
+        if num_columns == 10**8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 47 GiB")
+        done.append(num_columns)
+
+    done: list[int] = []
+    monkeypatch.setattr(gpu, "measure_rows", full)
+    monkeypatch.setattr(gpu, "SOLVERS", {})
+    one = bench(tmp_path)
+    gpu.measure_all(one, [(2, 10**8, torch.float32), (2, 10**6, torch.float32)], [2])
+    assert done == [10**6] and "out of memory" in one.noted("failed")[0].note
+    gpu.note_missing(one, [(2, 10**8, torch.float32)])
+    assert {row.kernel for row in one.noted("missing")} == {"gram", "combine"}
+    one.too_large.add((2, 10**8, torch.float32))
+    one.rows.clear()
+    gpu.note_missing(one, [(2, 10**8, torch.float32)])
+    assert not one.rows, "what the device has no memory for is left out, not missing"
 
 
 def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path) -> None:
     one = bench(tmp_path, seconds=0)
-    gpu.measure_rows(one, 2, 20_000, torch.float32)
-    assert {row.provider for row in one.rows} == {"torch copy_"}
-    assert len(one.left_out) == len(GPU_KERNELS) and "no time left" in one.left_out[0]
+    cases.measure_rows(one, 2, 20_000, torch.float32)
+    assert one.rows[0].provider == "torch copy_"
+    left_out = one.noted("left out")
+    assert [row.kernel for row in left_out] == list(gpu_kernels(20_000)) and left_out[0].note == "no time left"
 
 
 def test_times_of_different_kinds_are_not_compared() -> None:
+    times = ((OURS, 2.0, "graph"), (OURS, 10.0, "latency"), ("x", 6.0, "events"), ("x", 5.0, "latency"))
     rows = [
-        Row("gram", name, 2, 10, "float32", us, us, us, measure=measure, correct=True)
-        for name, us, measure in ((OURS, 2.0, "graph"), (OURS, 10.0, "call"), ("x", 6.0, "events"), ("x", 5.0, "call"))
+        Row("gram", name, 2, 10, "float32", us, us, us, measure=measure, correct=True) for name, us, measure in times
     ]
     compare(rows)
-    assert [row.times_ours for row in rows] == [None, None, 3.0, 0.5]
+    assert [row.times_ours for row in rows] == [None, None, None, 0.5], "events of a loop hold the host's time as well"
+
+
+def test_the_published_loops_are_compared_by_their_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "gpu_kernels", lambda _: ("pcgrad_step", "mgda_step"))
+    one = bench(tmp_path)
+    cases.measure_rows(one, 2, 2_000_000, torch.float32)
+    loops = [row for row in one.rows if row.provider in ("torch PCGrad loop", "torch frank_wolfe loop")]
+    assert len(loops) == 2 and all(row.measure == "latency" and row.times_ours for row in loops)
 
 
 def test_a_whole_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--tasks", "2", "--max-elements", "2e4", "--repeats", "1", "--seconds", "3"]
     assert gpu.main([*arguments, "--output", str(tmp_path), "--machine", "here"]) == 0
-    stored = list(csv.DictReader((tmp_path / "here.csv").open()))
-    assert {row["kernel"] for row in stored} >= {"copy", "gram"}
-    assert all(row["machine"] == "here" and row["commit"] and row["date"] for row in stored)
+    found = stored(tmp_path / "here.csv")
+    assert {row["kernel"] for row in found} >= {"copy", "gram"}
+    assert all(row["machine"] == "here" and row["commit"] and row["date"] for row in found)
+    assert {row["backend"] for row in found if row["provider"] == OURS and row["median_us"]} == {backend_of(OURS, CPU)}
     assert (tmp_path / "here.png").stat().st_size > 1000
     assert "of copy" in capsys.readouterr().out
+
+
+def test_what_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench(tmp_path)
+    for name, correct in ((OURS, True), (f"{OURS} triton", True), ("torch.mm", False)):
+        one.rows.append(Row("gram", name, 2, 10, "float32", 1.0, 1.0, 1.0, measure="graph", correct=correct, error=1.0))
+    one.rows[0].within_budget = False
+    assert not gpu.faults(one), "neither torch's errors nor a budget that is missed"
+    one.rows[1].correct = False
+    assert len(gpu.faults(one)) == 1, "every backend of ours"
+    one.where = type("Gpu", (Host,), {"device": torch.device("cuda")})()
+    monkeypatch.setattr(gpu, "backend_of", lambda provider, device: "triton")
+    assert "the backend 'triton', not 'cuda'" in gpu.faults(one)[0]
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,10 +221,10 @@ def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_backends_only_where_they_are_affordable() -> None:
-    cpu = torch.device("cpu")
-    assert our_backends(Case("gram", 4, 1000, torch.float32), cpu)[OURS] is None
-    assert "mtl-kernels reference" in our_backends(Case("gram", 4, 1000, torch.float32), cpu)
-    assert "mtl-kernels reference" not in our_backends(Case("gram", 4, 1 << 30, torch.float32), cpu)
+    assert our_backends(Case("gram", 4, 1000, torch.float32), CPU)[OURS] is None
+    assert "mtl-kernels reference" in our_backends(Case("gram", 4, 1000, torch.float32), CPU)
+    assert "mtl-kernels reference" not in our_backends(Case("gram", 4, 1 << 30, torch.float32), CPU)
+    assert backend_of("mtl-kernels triton", CPU) == "triton" and backend_of("torch.mm", CPU) == ""
 
 
 def trace(*events: tuple[str, str, float]) -> list[dict[str, object]]:
@@ -166,17 +257,69 @@ def test_counting_the_events_of_a_trace() -> None:
 def test_the_twin_of_the_device() -> None:
     where = Host()
     seen: list[int] = []
-    timing, how = where.kernel_time([lambda: seen.append(0), lambda: seen.append(1)], 3, True)
-    assert seen == [0, 1] * 3 and how == "clock" and timing.p20 <= timing.median <= timing.p80
+    timing, how = where.kernel_time([lambda: seen.append(0), lambda: seen.append(1)], 3)
+    assert seen == [0, 1] * (1 + 3) and how == "clock" and timing.p20 <= timing.median <= timing.p80
     stop = where.stopwatch()
     assert 0 <= stop()() < 60
     assert where.count(lambda: seen.append(3), before=lambda: seen.append(2)) is None and seen[-2:] == [2, 3]
     assert where.free_bytes() > 0 and where.call_time(lambda: None, 2).median >= 0
 
 
+def test_a_capture_that_fails_is_ended_for_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+
+    class Graph:
+        def capture_begin(self, pool: object) -> None:
+            done.append(("begin", pool))
+
+        def capture_end(self) -> None:
+            raise RuntimeError("previous error during capture\nmore")
+
+        def reset(self) -> None:
+            done.append("reset")
+
+    def release(index: int, pool: object) -> None:
+        raise RuntimeError("this torch did it already")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *which: done.append(which), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    where = device.Cuda.__new__(device.Cuda)
+    where.device, where._failed, where._stream = torch.device("cuda", 0), [], None
+    monkeypatch.setattr(where, "synchronize", lambda: None)
+    assert where._capture([lambda: done.append("call")]) is None
+    assert done == ["call", ("begin", (0, 7)), "call", "reset", (0, (0, 7))]
+    assert len(where._failed) == 1 and where._stream is not None, "the graph lives on: torch may ask it still"
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("once", "repeats"), [(1e-9, 15), (1e-3, 15), (0.01, 5), (0.02, 3), (0.049, 3), (0.051, 1), (2.0, 1), (0.0, 15)]
+)
+def test_slow_calls_are_repeated_less(once: float, repeats: int) -> None:
+    assert repeats_for(once, 15) == repeats and repeats_for(once, 1) == 1
+
+
 def test_the_calls_that_are_counted_run() -> None:
-    for call, _ in gpu.counted_calls(Host()).values():
+    called = counts.counted_calls(Host())
+    assert set(counts.MOST_KERNELS) < set(called)
+    for call in called.values():
         call()
+
+
+def test_counts_come_from_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = bench(tmp_path)
+    counts.measure_counts(one)
+    assert not one.rows, "on a CPU there is nothing to count, and nothing fails"
+    counts.add_counts(one, "gram", kernels=1, copies=0, syncs=0)
+    counts.add_counts(one, "combine", kernels=1, copies=0, syncs=1)
+    assert [row.within_budget for row in one.rows] == [True, False]
+    monkeypatch.setattr(counts.sys, "executable", "/bin/false")
+    counts.measure_counts(one)
+    assert one.rows[-1].measure == "failed"
 
 
 def test_the_steps_of_a_workload_are_counted() -> None:

@@ -29,7 +29,7 @@ def test_the_facts_of_the_device(where: Cuda) -> None:
 def test_a_graph_times_the_kernels(where: Cuda) -> None:
     source = torch.randn(GB // 4, device=where.device)
     target = torch.empty_like(source)
-    timing, how = where.kernel_time([functools.partial(target.copy_, source)], 5, True)
+    timing, how = where.kernel_time([functools.partial(target.copy_, source)], 5)
     assert how == "graph" and torch.equal(source, target)
     once = min(where.once(functools.partial(target.copy_, source)) for _ in range(5))
     assert 0.5 * once < timing.median < 1.1 * once, "host clock and events agree on 2 GB moved"
@@ -39,20 +39,36 @@ def test_a_graph_times_the_kernels(where: Cuda) -> None:
 def test_every_call_of_the_sequence_is_timed(where: Cuda) -> None:
     tensors = [torch.zeros(1 << 20, device=where.device) for _ in range(3)]
     calls = [functools.partial(tensors[i % 3].add_, 1) for i in range(6)]
-    _, how = where.kernel_time(calls, 2, True)
+    _, how = where.kernel_time(calls, 2)
     assert how == "graph"
-    # One call each to warm up, and twice in each of three replays; a capture itself runs nothing.
-    assert [tensor[0].item() for tensor in tensors] == [7, 7, 7]
+    # Each call once to warm up; then two replays to see how long they take, one that leads in, and two that are timed.
+    # A capture itself runs nothing.
+    assert [tensor[0].item() for tensor in tensors] == [2 + 2 * (2 + 1 + 2)] * 3
 
 
 def test_what_waits_for_the_device_is_timed_between_events(where: Cuda, capsys: pytest.CaptureFixture[str]) -> None:
     tensor = torch.ones(1000, device=where.device)
-    for capturable in (False, True):
-        timing, how = where.kernel_time([lambda: tensor.sum().item()], 3, capturable)
-        assert how == "events" and timing.median > 0
+    timing, how = where.kernel_time([lambda: tensor.sum().item()], 3)
+    assert how == "events" and timing.median > 0
     assert "not captured" in capsys.readouterr().out
-    timing, how = where.kernel_time([lambda: tensor.add_(1)], 3, True)
+    timing, how = where.kernel_time([lambda: tensor.add_(1)], 3)
     assert how == "graph", "a capture that failed does not spoil the next one"
+
+
+def test_memory_returns_after_a_capture_that_failed(where: Cuda) -> None:
+    where.kernel_time([lambda: torch.ones(1000, device=where.device).sum()], 1)  # whatever is set up once
+    before = where.free_bytes()
+
+    def call() -> None:
+        torch.empty(GB // 4, device=where.device).fill_(1).sum().item()
+
+    for _ in range(2):
+        held = torch.empty(GB // 4, device=where.device)
+        _, how = where.kernel_time([call], 1)
+        assert how == "events"
+        assert where.free_bytes() <= before - held.nbytes
+        del held
+        assert where.free_bytes() >= before - (64 << 20), "of the pool of the capture and of all other memory"
 
 
 def test_a_call_returns_before_its_work_is_done(where: Cuda) -> None:
