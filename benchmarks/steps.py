@@ -9,13 +9,16 @@ A convolutional trunk (3.5 M shared parameters) with K linear heads, batch 64. I
 
 The forward pass is in all of them. Optimizer steps are in none. Every row is checked: the gradients of the trunk agree
 with a float64 combination of rows from `torch.autograd.grad`, or the row shows no ratio. On a GPU a repeat ends when
-its work is done, the combination is timed between events, and its kernels, copies and waits of the host are counted.
+its work is done, the combination is timed between events, and its kernels, copies and waits of the host are counted:
+after everything was timed, for a profiler slows what follows it. The run fails where gradients of ours are wrong or
+missing, or where on a GPU other than the CUDA kernels ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,9 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mtl_kernels
 from benchmarks import device, results, timing
 from benchmarks.device import Device, Host
+from benchmarks.results import OURS
+from mtl_kernels import dispatch
 from mtl_optim import MGDA, Method, MultiTaskOptimizer, PCGrad
 
 BUDGET = 1.05
+LIMIT = 1e-5
+COLUMNS = ("method", "provider", "K", "median_ms", "p20_ms", "p80_ms", "combine_ms", "ratio_to_K_backwards",
+           "within_budget", "launches", "copies", "syncs", "correct", "backend", "note")  # fmt: skip
 
 
 class Network(nn.Module):
@@ -55,6 +63,7 @@ class Workload:
 
     def __init__(self, num_tasks: int, method: Method, where: Device | None = None) -> None:
         self.where = where or Host()
+        self.num_tasks = num_tasks
         generator = torch.Generator().manual_seed(num_tasks)
         torch.manual_seed(num_tasks)
         self.network = Network(num_tasks).to(self.where.device)
@@ -144,7 +153,65 @@ def until_done(call: Callable[[], object], where: Device) -> Callable[[], None]:
     return run
 
 
+class Report:
+    """The CSV, written anew with every row that comes or grows."""
+
+    def __init__(self, path: Path, environment: dict[str, str | int]) -> None:
+        self.path, self.environment = path, environment
+        self.rows: list[dict[str, object]] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, **values: object) -> dict[str, object]:
+        self.rows.append({**dict.fromkeys(COLUMNS, ""), **values, **self.environment})
+        print({name: value for name, value in values.items() if value != ""}, flush=True)
+        self.write()
+        return self.rows[-1]
+
+    def write(self) -> None:
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=[*COLUMNS, *self.environment], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def measure(workload: Workload, effort: timing.Effort, report: Report) -> dict[str, object]:
+    """Checks and times one workload; the row of ours."""
+    where, correct = workload.where, workload.error() < LIMIT
+    functions: dict[str, Callable[[], object]] = {
+        "plain sum": workload.plain_sum,
+        "K backwards": workload.backwards,
+        OURS: workload.ours,
+    }
+    if (peer := workload.torchjd()) is not None:
+        functions["torchjd"] = peer
+    workload.combination.clear()
+    timings = timing.measure({name: until_done(call, where) for name, call in functions.items()}, effort)
+    where.synchronize()
+    combination = statistics.median(read() for read in workload.combination)
+    floor = timings["K backwards"].median
+    mine: dict[str, object] = {}
+    for provider, found in timings.items():
+        ours = provider == OURS
+        ratio = found.median / floor if correct or not ours else None
+        row = report.add(
+            method=workload.method.name,
+            provider=provider,
+            K=workload.num_tasks,
+            median_ms=round(found.median * 1e3, 3),
+            p20_ms=round(found.p20 * 1e3, 3),
+            p80_ms=round(found.p80 * 1e3, 3),
+            combine_ms=round(combination * 1e3, 3) if ours else "",
+            ratio_to_K_backwards="" if ratio is None else round(ratio, 3),
+            within_budget="" if ratio is None or not ours else ratio <= BUDGET,
+            correct=correct if ours else "",
+            backend=dispatch.resolve(where.device, None).name if ours else "",
+        )
+        mine = row if ours else mine
+    return mine
+
+
 def main(given: list[str] | None = None) -> int:
+    """Measures every workload and writes the CSV; 1 with a fault."""
     parser = argparse.ArgumentParser(description="What combining gradients adds to a training step.")
     parser.add_argument("--tasks", type=int, nargs="+", default=[3, 8, 40], help="numbers of tasks (default: 3 8 40)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
@@ -156,54 +223,33 @@ def main(given: list[str] | None = None) -> int:
     environment = results.environment(arguments.machine, where.name)
     torch.backends.cudnn.deterministic = True  # or the rows that are checked would not be those that were combined
     torch.backends.cudnn.allow_tf32 = False
-    effort = timing.QUICK if arguments.quick else timing.Effort(15, 5, 1e-3, 12.0)
+    on_gpu = where.device.type == "cuda"
+    effort = timing.QUICK if arguments.quick else timing.Effort(15, 5, 1e-3, 3.0 if on_gpu else 12.0)
     print(mtl_kernels.show_config())
-    rows = []
-    for num_tasks in arguments.tasks:
-        for method in (PCGrad(), MGDA()):
+    report = Report(arguments.output / f"{environment['machine']}-steps.csv", environment)
+    measured: list[tuple[Workload, dict[str, object]]] = []
+    for num_tasks, method in itertools.product(arguments.tasks, (PCGrad(), MGDA())):
+        try:
             workload = Workload(num_tasks, method, where)
-            correct = workload.error() < 1e-5
-            functions: dict[str, Callable[[], object]] = {
-                "plain sum": workload.plain_sum,
-                "K backwards": workload.backwards,
-                "mtl-kernels": workload.ours,
-            }
-            if (peer := workload.torchjd()) is not None:
-                functions["torchjd"] = peer
-            timings = timing.measure({name: until_done(call, where) for name, call in functions.items()}, effort)
-            where.synchronize()
-            combination = statistics.median(read() for read in workload.combination)
+            measured.append((workload, measure(workload, effort, report)))
+        except Exception as error:
+            report.add(method=method.name, provider=OURS, K=num_tasks, note=f"failed: {type(error).__name__}: {error}")
+    for workload, row in measured:
+        try:
             counts = workload.counts()
-            floor = timings["K backwards"].median
-            for provider, found in timings.items():
-                ours = provider == "mtl-kernels"
-                ratio = found.median / floor if correct or not ours else None
-                rows.append(
-                    {
-                        "method": method.name,
-                        "provider": provider,
-                        "K": num_tasks,
-                        "median_ms": round(found.median * 1e3, 3),
-                        "p20_ms": round(found.p20 * 1e3, 3),
-                        "p80_ms": round(found.p80 * 1e3, 3),
-                        "combine_ms": round(combination * 1e3, 3) if ours else "",
-                        "ratio_to_K_backwards": "" if ratio is None else round(ratio, 3),
-                        "within_budget": "" if ratio is None or not ours else ratio <= BUDGET,
-                        "launches": counts.kernels if ours and counts else "",
-                        "copies": counts.copies if ours and counts else "",
-                        "syncs": counts.syncs if ours and counts else "",
-                        **environment,
-                    }
-                )
-                print({key: value for key, value in rows[-1].items() if key not in environment}, flush=True)
-    path = arguments.output / f"{environment['machine']}-steps.csv"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
-    return 0
+        except Exception as error:
+            row["note"] = f"counting failed: {type(error).__name__}: {error}"
+        else:
+            if counts is not None:
+                row.update(launches=counts.kernels, copies=counts.copies, syncs=counts.syncs)
+        report.write()
+    print(f"wrote {report.path}")
+    faults = [row for row in report.rows if row["correct"] is False or row["note"]]
+    faults += [row for row in report.rows if on_gpu and row["backend"] not in ("", "cuda")]
+    for row in faults:
+        shown = ("method", "K", "provider", "correct", "backend", "note")
+        print("FAULT:", ", ".join(f"{name} {row[name]}" for name in shown if row[name] != ""))
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

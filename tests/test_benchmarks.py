@@ -14,7 +14,7 @@ from mtl_optim import MGDA, Method, PCGrad
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import checks, kernels, peers, plots, results, steps
+from benchmarks import checks, kernels, peers, plots, provenance, results, steps
 from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
 from benchmarks.results import OURS, Row, cells, compare, judge
 from benchmarks.timing import Effort, measure, summarize
@@ -122,8 +122,21 @@ def test_the_checks_see_errors() -> None:
     assert checks.combine_error(rows.sum(0) + 1e-3, rows, weights) > checks.combine_limit(False, 4, torch.float32)
     assert checks.min_norm_error(torch.full((4,), 0.25), exact) > 1e-9
     assert checks.min_norm_error(torch.ones(4), exact) == float("inf")
+    assert checks.min_norm_error(torch.full((4,), torch.nan), exact) == float("inf")
+    assert checks.min_norm_error(mk.min_norm_weights(exact).weights, exact) < 1e-9
     orders = [[0, 1, 2, 3]] * 4
     assert checks.direction_error(rows.sum(0), rows, checks.pcgrad_weights(exact, orders)) > 1e-3
+
+
+def test_the_least_value_is_proven_whatever_the_solver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(5, 8, dtype=torch.float64)
+    gram = rows @ rows.T
+    weights, least = checks.min_norm_weights(gram)
+    value = float(weights @ gram @ weights)
+    assert least <= value <= least + 1e-12 * float(gram.diagonal().max())
+    useless = mk.min_norm_weights(gram)._replace(weights=torch.full((5,), 0.2, dtype=torch.float64))
+    monkeypatch.setattr(mk, "min_norm_weights", lambda gram: useless)
+    assert checks.min_norm_weights(gram)[1] <= value and checks.min_norm_error(weights, gram) > 1e-9
 
 
 def test_the_sample_has_both_ends() -> None:
@@ -188,6 +201,65 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--all",
     ):
         assert option in shown
+
+
+def test_the_commit_is_told_where_there_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "abc1234")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.commit() == "abc1234"
+    monkeypatch.delenv("COMMIT")
+    assert provenance.commit() == "unknown"
+
+
+def test_rows_are_added_to_a_file(tmp_path: Path) -> None:
+    results.write_csv([row()], tmp_path / "x.csv")
+    results.write_csv([row("torch", median_us=float("nan"), error=float("nan"))], tmp_path / "x.csv", append=True)
+    stored = list(csv.DictReader((tmp_path / "x.csv").open()))
+    assert [r["provider"] for r in stored] == [OURS, "torch"]
+    assert stored[1]["median_us"] == "" and stored[1]["error"] == "nan", "a row without a time, and one that is wrong"
+    results.write_csv([row()], tmp_path / "x.csv")
+    assert len(list(csv.DictReader((tmp_path / "x.csv").open()))) == 1
+
+
+def run_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[dict[str, str]], str]:
+    arguments = ["--quick", "--tasks", "2", "--output", str(tmp_path), "--machine", "here"]
+    status = steps.main(arguments)
+    return status, list(csv.DictReader((tmp_path / "here-steps.csv").open())), capsys.readouterr().out
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.timing, "QUICK", BRIEF)
+
+
+def test_wrong_gradients_fail_the_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, brief: None
+) -> None:
+    status, found, _ = run_steps(tmp_path, capsys)
+    assert status == 0 and {(r["method"], r["correct"]) for r in found if r["provider"] == OURS} == {
+        ("pcgrad", "True"),
+        ("mgda", "True"),
+    }
+    monkeypatch.setattr(steps.Workload, "error", lambda self: 1e-3)
+    status, found, said = run_steps(tmp_path, capsys)
+    assert status == 1 and said.count("FAULT") == 2
+    assert all(not r["ratio_to_K_backwards"] and r["correct"] == "False" for r in found if r["provider"] == OURS)
+
+
+def test_a_step_that_fails_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, brief: None
+) -> None:
+    right = steps.Workload.ours
+
+    def ours(self: steps.Workload) -> None:
+        if self.method.name == "pcgrad":
+            raise RuntimeError("an illegal memory access")
+        right(self)
+
+    monkeypatch.setattr(steps.Workload, "ours", ours)
+    status, found, _ = run_steps(tmp_path, capsys)
+    assert status == 1 and found[0]["note"] == "failed: RuntimeError: an illegal memory access"
+    assert any(r["method"] == "mgda" and r["correct"] == "True" for r in found)
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:
