@@ -4,7 +4,8 @@
 #   TORCH="torch==2.11.0"   another torch for .venv
 #   ARGS="..."              passed on to the demo, the tests or the benchmark
 #
-# With a GPU, `make gpu OUT=folder` builds, tests and measures there, and leaves its results in the folder.
+# With a GPU, `make gpu OUT=folder` builds, measures and tests there, and leaves its results in the folder.
+#   COMMIT=name             what was measured, where there is no repository to ask
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -42,6 +43,7 @@ bench: $(READY)
 
 # The build is its first stage, so that a build that fails is reported like any other.
 OUT ?= build/gpu
+export COMMIT
 gpu: $(if $(filter 0,$(VENV)),,$(READY))
 	$(RUN) -u benchmarks/gpu_report.py --out "$(OUT)" $(ARGS)
 

@@ -1,7 +1,9 @@
 """The stages of `make gpu` with commands that pass, fail, hang or are not there."""
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,18 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_report
-from benchmarks.gpu_report import Stage, main, stages
+from benchmarks import gpu_report, runner
+from benchmarks.gpu_report import main
+from benchmarks.provenance import ROOT
+from benchmarks.stages import KERNEL_NAMES, PICKED, SECONDS, Stage, seconds_of, stages
 
 
 def stage(name: str, code: str, **options: object) -> Stage:
-    return Stage(name, [sys.executable, "-c", code], **{"limit": 60.0, **options})  # type: ignore[arg-type]
+    options = {"limit": 60.0, "grace": 0.5, **options}
+    return Stage(name, [sys.executable, "-c", code], **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "_GRACE", 0.5)
-    monkeypatch.setattr(gpu_report, "facts", lambda: ["date: today"])
+    monkeypatch.setattr(
+        gpu_report, "_QUESTIONS", ([sys.executable, "-c", "print('the driver 580')"], ["/no/such/tool"])
+    )
 
 
 def test_a_stage_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -33,7 +39,8 @@ def test_a_stage_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     ]
     assert main(["--out", str(tmp_path)], planned) == 1
     text = (tmp_path / "summary.md").read_text()
-    assert "| build | passed |" in text and "| bench | passed |" in text and "date: today" in text
+    assert "| build | passed |" in text and "| bench | passed |" in text
+    assert "- date: " in text and "- commit " in text and "- the driver 580" in text
     assert "| tests | failed: exit status 3 |" in text and "half done" in text.split("## The end of: tests")[1]
     assert "| absent | failed: " in text and "| left out | skipped: the sanitizer is not installed |" in text
     log = (tmp_path / "gpu.log").read_text()
@@ -87,13 +94,49 @@ def test_no_time_left(tmp_path: Path) -> None:
     assert planned[1].result == "failed: no time was left"
 
 
-def test_success_that_proves_nothing(tmp_path: Path) -> None:
+def test_what_was_not_used_goes_to_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_START", 1.0)
+    printed = "import sys; print('given', sys.argv[1])"
     planned = [
-        stage("memcheck", "print('nothing was attached to')", must_print="ERROR SUMMARY: 0 errors"),
-        stage("racecheck", "print('== RACECHECK SUMMARY: 0 hazards displayed')", must_print="SUMMARY: 0 hazards"),
+        stage("build", "", limit=30.0),
+        stage("bench", printed, phase=1, limit=5.0, stretches=True),
+        stage("short", printed, phase=2, limit=5.0),
+        stage("long", "", phase=2, limit=20.0, lane="beside"),
+    ]
+    for each in planned[1:3]:
+        each.command.append("{seconds}")
+    assert main(["--out", str(tmp_path), "--seconds", "80"], planned) == 0
+    given = [
+        int(text.split("given ")[1]) for text in (tmp_path / "gpu.log").read_text().splitlines() if "given " in text
+    ]
+    assert 40 <= given[0] <= 80 - 20.5 - 0.5 - 1, "all but what is set aside for the tests, less the start"
+    assert given[1] == 4
+
+
+def test_success_that_proves_nothing(tmp_path: Path) -> None:
+    clean = "== RACECHECK SUMMARY: 0 hazards displayed"
+    patterns = ("SUMMARY: 0 hazards", r"\b[1-9]\d* passed")
+    planned = [
+        stage("memcheck", "print('nothing was attached to')", must_print=("ERROR SUMMARY: 0 errors",)),
+        stage("skipped", f"print('3 skipped in 0.1s'); print({clean!r})", must_print=patterns),
+        stage("racecheck", f"print('12 passed in 0.1s'); print({clean!r})", must_print=patterns),
     ]
     assert main(["--out", str(tmp_path)], planned) == 1
-    assert planned[0].result.startswith("failed: it did not print") and planned[1].result == "passed"
+    assert [each.result.startswith("failed: it did not print") for each in planned] == [True, True, False]
+    assert planned[2].result == "passed"
+
+
+def test_the_outcome_of_tests_is_told(tmp_path: Path) -> None:
+    code = """
+print("FAILED tests/kernels/test_gram.py::test_dense_rows[cuda-2-1] - AssertionError")
+print("==== 1 failed, 690 passed, 30 skipped in 28.95s ====")
+raise SystemExit(1)
+"""
+    planned = [stage("suite", code)]
+    assert main(["--out", str(tmp_path)], planned) == 1
+    text = (tmp_path / "summary.md").read_text()
+    assert "| 1 failed, 690 passed, 30 skipped in 28.95s |" in text
+    assert "Failed in suite: tests/kernels/test_gram.py::test_dense_rows[cuda-2-1]" in text
 
 
 def test_lanes_of_a_phase_run_at_the_same_time(tmp_path: Path) -> None:
@@ -136,43 +179,69 @@ def test_a_subset_of_the_stages(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_make_gpu_runs(tmp_path: Path) -> None:
     found = {s.name: s for s in stages(tmp_path, 16)}
     assert list(found) == [
-        "build", "gpu tests", "kernel suite", "memcheck", "racecheck", "kernel benchmarks", "step benchmarks",
+        "build", "device tests", "step benchmarks", "kernel benchmarks", "gpu tests", "cuda suite", "triton suite",
+        "other suite", "memcheck", "racecheck",
     ]  # fmt: skip
-    assert found["build"].environment["MTL_KERNELS_CUDA_ARCHS"] == "native"
-    assert "--device" in found["kernel suite"].command and found["memcheck"].lane == found["racecheck"].lane
+    build = found["build"].environment
+    assert (build["MTL_KERNELS_CUDA_ARCHS"], build["MTL_KERNELS_CUDA"]) == ("native", "1")
+    assert "{seconds}" in found["kernel benchmarks"].command and found["kernel benchmarks"].grace == 20
+    assert all("--device" in found[name].command for name in found if name.endswith("suite"))
     assert found["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert all(s.phase == 2 for s in found.values() if "benchmarks" in s.name), "nothing else runs while these measure"
+    for tool in ("memcheck", "racecheck"):
+        command = found[tool].command
+        assert command[command.index("--kernel-name") + 1] == f"kns={KERNEL_NAMES}" and len(found[tool].must_print) == 2
+    tests = [each for each in found.values() if "pytest" in each.command]
+    assert len(tests) == 7 and all(re.search(each.must_print[-1], "12 passed, 3 skipped in 1.2s") for each in tests)
+    assert not any(re.search(each.must_print[-1], "8 skipped in 0.03s") for each in tests)
+    written = {word for each in found.values() for word in each.command if word.startswith("--junitxml")}
+    assert len(written) + len(("summary.md", "gpu.log", "card.csv", "card.png", "card-steps.csv")) <= 8
 
 
-def test_the_sanitizer_has_tests_to_run() -> None:
-    """The selection names tests that exist."""
-    names = [word for word in gpu_report.PICKED.replace("(", " ").replace(")", " ").split() if word.startswith("test_")]
-    text = "".join(path.read_text() for path in (gpu_report.ROOT / "tests" / "kernels").glob("test_*.py"))
-    assert names and all(f"def {name}" in text for name in names)
+def test_the_limits_add_up(tmp_path: Path) -> None:
+    planned = stages(tmp_path, 16)
+    phases = {each.phase: [other for other in planned if other.phase == each.phase] for each in planned}
+    assert sum(map(seconds_of, phases.values())) <= SECONDS <= 470
+    alone = [each for each in planned if each.name in ("device tests", "step benchmarks", "kernel benchmarks")]
+    assert all(phases[each.phase] == [each] for each in alone), "nothing else runs while these measure"
+    assert [each.name for each in planned if each.stretches] == ["kernel benchmarks"]
+    assert phases[max(phases)][0].name == "gpu tests" and len(phases[max(phases)]) == 6
 
 
-def test_the_summary_of_what_was_measured(tmp_path: Path) -> None:
-    from benchmarks.results import Row, write_csv
+@pytest.fixture(scope="module")
+def collected() -> list[str]:
+    """The names of all tests of the kernels, with the reference for the cuda backend, which has the same ones."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/kernels",
+               "-m", "not gpu", "-k", "reference"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [text.split("::")[1].replace("reference", "cuda") for text in done.stdout.splitlines() if "::" in text]
 
-    def row(kernel: str, **columns: object) -> Row:
-        found = Row(kernel, "mtl-kernels", 8, 10**8, "float32", 800.0, 790.0, 810.0, denominator_us=760.0)
-        for name, value in columns.items():
-            setattr(found, name, value)
-        return found
 
-    right = row("gram", gb_per_s=4000.0, ratio=1.05, measure="graph", within_budget=True)
-    wrong = row("combine", gb_per_s=4000.0, measure="graph", correct=False)
-    latency = Row("pcgrad_step", "mtl-kernels", 8, 10**4, "float32", 21.0, 20.0, 22.0, measure="latency")
-    count = Row("gram", "mtl-kernels", 8, 10, "float32", 0.0, 0.0, 0.0, measure="count", launches=1, copies=0, syncs=0)
-    write_csv([right, wrong, latency, count], tmp_path / "card.csv")
-    columns = "K,method,provider,median_ms,combine_ms,ratio_to_K_backwards,launches,copies,syncs"
-    (tmp_path / "card-steps.csv").write_text(f"{columns}\n3,pcgrad,x,1,2,3,2,0,0\n")
-    (tmp_path / "junit-gpu.xml").write_text(
-        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"><testcase name="a"/>'
-        '<testcase name="b"><failure/></testcase></testsuite></testsuites>'
-    )
-    text = gpu_report.summary([], tmp_path)
-    assert "| 8 | 100000000 | float32 | 800 | 4000 | 0.95 | True |" in text and "WRONG" in text
-    assert "| pcgrad_step | 8 | float32 | latency | 21 |" in text and "| gram | 1 | 0 | 0 |" in text
-    assert "| 3 | pcgrad | x |" in text
-    assert "3 tests, 1 failures, 0 errors, 1 skipped; failed: b" in text
+def test_every_name_that_is_picked_for_the_sanitizer_is_a_test(collected: list[str]) -> None:
+    for alternative in PICKED:
+        words = alternative.split(" and ")
+        assert any(all(word in name for word in words) for name in collected), alternative
+    picked = [n for n in collected if any(all(word in n for word in each.split(" and ")) for each in PICKED)]
+    assert 100 < len(picked) < 250
+
+
+def test_the_sanitizer_runs_every_kernel(collected: list[str]) -> None:
+    """By number of tasks and dtype: where csrc/cuda picks another kernel."""
+    picked = [n for n in collected if any(all(word in n for word in each.split(" and ")) for each in PICKED)]
+    dense = {(int(name.split("-")[1]), name.split("-")[3]) for name in picked if name.startswith("test_dense_rows")}
+    for low, high in ((3, 4), (9, 16), (17, 32), (33, 48), (49, 64), (65, 128)):
+        dtypes = {dtype for tasks, dtype in dense if low <= tasks <= high}
+        assert len(dtypes) == 4, f"gram of {low} to {high} rows: {dtypes}"
+    mixed = {name for name in picked if name.startswith("test_ragged_table_of_mixed_dtypes")}
+    assert {f"test_ragged_table_of_mixed_dtypes[cuda-{tasks}]" for tasks in (2, 8)} <= mixed
+    casts = {name for name in picked if name.startswith("test_cast_scale_and_accumulate")}
+    assert len(casts) == 32, "from four dtypes to four, with and without accumulating"
+    solved = {name for name in picked if name.startswith(("test_backends_agree[", "test_backends_agree_on"))}
+    assert {int(name.split("-")[1].rstrip("]")) for name in solved} >= {5, 40, 128} and len(solved) >= 6
+
+
+def test_the_names_of_our_kernels_hold_what_the_sanitizer_looks_for() -> None:
+    module = next((ROOT / "mtl_kernels").glob("_cuda*.so"), None)
+    if module is None:
+        pytest.skip("mtl_kernels._cuda was not built")
+    names = re.findall(rb"_ZN\w*(?:gram_triangle|gram_tensor|combine|solve_batch)\w*Args\w*", module.read_bytes())
+    assert names and all(KERNEL_NAMES.encode() in name for name in names)
