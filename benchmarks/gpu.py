@@ -3,7 +3,7 @@
 Protocol
     Kernel time: as many calls as it takes to walk over three times the L2, each on rows of its own, captured as one
     CUDA graph that is replayed; the median, 20th and 80th percentile over the replays, per call. At most 256 sets of
-    rows, so that the smallest (K N below 5e5 float32 elements) come from the L2, for every provider and the copy.
+    rows, so that the smallest (K N below about 5e4 float32 elements) come from the L2, for every provider and the copy.
     Call time: until an eager call returns to the host. Latency: an eager call and the wait for its work. What waits
     for the device by itself, as the published loops do, cannot be captured and is compared by its latency alone.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,12 +78,17 @@ def main(arguments: list[str] | None = None, planned: Sequence[Stage] | None = N
             print(f"no stage is called {unknown[0]!r}; there are: {', '.join(names)}", file=sys.stderr)
             return 2
         wanted = [stage for stage in wanted if any(stage.name.startswith(name) for name in options.stages)]
+    begin = time.time()
     log = Log(out / "gpu.log")
     facts = facts_of_the_host()
     asking = threading.Thread(target=ask, args=(facts,), daemon=True)
 
     def report() -> None:
-        (out / "summary.md").write_text(summary(wanted, out, list(facts)))
+        try:
+            text = summary(wanted, out, list(facts), begin)
+        except Exception as error:  # half a file, say; the run is worth more than its page
+            text = summary(wanted, out, [*facts, f"no tables: {error!r}"], math.inf)
+        (out / "summary.md").write_text(text)
 
     try:
         with stoppable():

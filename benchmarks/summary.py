@@ -18,8 +18,8 @@ Cells = dict[str, str]
 """A row of a CSV."""
 
 
-def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str]) -> str:
-    """The folder in one page."""
+def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str], since: float = 0.0) -> str:
+    """The folder in one page, as far as its files were written since a time: those of an earlier run may lie there."""
     lines = ["# GPU report", "", *(f"- {fact}" for fact in facts)]
     stages = [[s.name, s.result, f"{s.seconds:.0f}", s.tests] for s in wanted]
     lines += table("", ("stage", "result", "seconds", "tests"), stages)
@@ -27,8 +27,9 @@ def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str]) -> str:
         if stage.failed_tests:
             shown, more = stage.failed_tests[:_MOST_NAMES], len(stage.failed_tests) - _MOST_NAMES
             lines += ["", f"Failed in {stage.name}: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"]
-    steps = [row for path in sorted(out.glob("*-steps.csv")) for row in read_csv(path)]
-    rows = [row for path in sorted(set(out.glob("*.csv")) - set(out.glob("*-steps.csv"))) for row in read_csv(path)]
+    written = sorted(path for path in out.glob("*.csv") if path.stat().st_mtime >= since)
+    steps = [row for path in written if path.name.endswith("-steps.csv") for row in read_csv(path)]
+    rows = [row for path in written if not path.name.endswith("-steps.csv") for row in read_csv(path)]
     lines += losses(rows, steps)
     for kernel in _TABLES:
         lines += kernel_table(rows, kernel)

@@ -66,7 +66,7 @@ def test_memory_returns_after_a_capture_that_failed(where: Cuda) -> None:
         held = torch.empty(GB // 4, device=where.device)
         _, how = where.kernel_time([call], 1)
         assert how == "events"
-        assert where.free_bytes() <= before - held.nbytes
+        assert where.free_bytes() <= before - held.nbytes + (64 << 20)
         del held
         assert where.free_bytes() >= before - (64 << 20), "of the pool of the capture and of all other memory"
 

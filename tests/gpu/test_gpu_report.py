@@ -126,6 +126,25 @@ def test_success_that_proves_nothing(tmp_path: Path) -> None:
     assert planned[2].result == "passed"
 
 
+def test_files_of_an_earlier_run_are_not_reported(tmp_path: Path) -> None:
+    header = "kernel,provider,K,N,dtype,measure,correct,batch,backend,within_budget,note,ratio,budget,median_us,error"
+    (tmp_path / "old.csv").write_text(f"{header}\ngram,mtl-kernels,7,10,float32,failed,,,,,from before,,,,\n")
+    os.utime(tmp_path / "old.csv", (1e9, 1e9))
+    copy = f"import shutil; shutil.copyfile({str(tmp_path / 'old.csv')!r}, {str(tmp_path / 'new.csv')!r})"
+    assert main(["--out", str(tmp_path)], [stage("bench", "")]) == 0
+    assert "from before" not in (tmp_path / "summary.md").read_text()
+    assert main(["--out", str(tmp_path)], [stage("bench", copy)]) == 0
+    assert "from before" in (tmp_path / "summary.md").read_text()
+
+
+def test_half_a_file_does_not_stop_the_run(tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / 'x.csv')!r}, 'w').write('kernel,provider\\ngram,mtl-ker')"
+    planned = [stage("bench", code), stage("tests", "", phase=1)]
+    assert main(["--out", str(tmp_path)], planned) == 0
+    text = (tmp_path / "summary.md").read_text()
+    assert "no tables: KeyError" in text and "| tests | passed |" in text
+
+
 def test_the_outcome_of_tests_is_told(tmp_path: Path) -> None:
     code = """
 print("FAILED tests/kernels/test_gram.py::test_dense_rows[cuda-2-1] - AssertionError")
