@@ -47,6 +47,7 @@ class Device(Protocol):
     name: str
     cache_bytes: int
     """The largest cache: inputs that are read again after less than this may be found there."""
+    memory_bytes: int
 
     def free_bytes(self) -> int: ...
 
@@ -85,6 +86,7 @@ class Host:
     device = torch.device("cpu")
     name = "cpu"
     cache_bytes = 1 << 20
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def free_bytes(self) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -134,6 +136,7 @@ class Cuda:
         properties = torch.cuda.get_device_properties(self.device)
         self.name: str = properties.name
         self.cache_bytes: int = getattr(properties, "L2_cache_size", 0) or 64 << 20
+        self.memory_bytes: int = properties.total_memory
         self._stream = torch.cuda.Stream()
         self._failed: list[torch.cuda.CUDAGraph] = []
 

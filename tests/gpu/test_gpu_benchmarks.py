@@ -162,6 +162,16 @@ def test_no_memory_for_a_size_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     assert not one.rows, "what the device has no memory for is left out, not missing"
 
 
+@pytest.mark.parametrize("total", [1 << 30, 80 << 30])
+def test_memory_that_something_holds_is_no_excuse(tmp_path: Path, total: int) -> None:
+    one = bench(tmp_path)
+    names = {"device": torch.device("cuda"), "memory_bytes": total, "free_bytes": lambda self: 1 << 29}
+    one.where = type("Gpu", (Host,), names)()
+    cases.measure_rows(one, 2, 10**8, torch.float32)
+    assert one.noted("left out")[0].note.endswith("GB are free")
+    assert bool(one.too_large) == (total == 1 << 30)
+
+
 def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path) -> None:
     one = bench(tmp_path, seconds=0)
     cases.measure_rows(one, 2, 20_000, torch.float32)
