@@ -42,6 +42,9 @@ PICKED = (
 )
 """Short tests that between them run every kernel of the cuda backend: words that a test's name and parameters hold."""
 
+_SIDE_BY_SIDE = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+"""Of processes that share the cores: each would start a thread for every one of them."""
+
 _SOME_PASSED = r"\b[1-9]\d* passed"
 
 KERNEL_NAMES = "3mtl4cuda"
@@ -103,7 +106,7 @@ def stages(out: Path, jobs: int) -> list[Stage]:
               47, 2),
         Stage("kernel benchmarks", [python, "-u", "benchmarks/gpu.py", "--output", str(out), "--seconds", "{seconds}"],
               130, 3, grace=20, stretches=True),
-        *(Stage(name, command, 97, 4, name, must_print=(_SOME_PASSED,)) for name, command in (
+        *(Stage(name, command, 97, 4, name, environment=_SIDE_BY_SIDE, must_print=(_SOME_PASSED,)) for name, command in (
             ("gpu tests", [*pytest, "tests/kernels", "tests/optim", "-m", "gpu", junit("gpu"), *workers(8)]),
             ("cuda suite", [*suite, "-k", "cuda", junit("cuda"), *workers(4)]),
             ("triton suite", [*suite, "-k", "triton and not cuda", junit("triton"), *workers(4)]),
@@ -120,12 +123,13 @@ def _sanitizer(tool: str, tests: list[str]) -> Stage:
     # Torch's kernels are not what is looked for, and Python's stack is deep.
     options += ["--kernel-name", f"kns={KERNEL_NAMES}", "--num-callers-host", "8"]
     options += ["--launch-timeout", "120"]  # the tests start late, after torch was imported
-    stage = Stage(tool, [program or "compute-sanitizer", *options, *tests], 97, 4, tool)
+    command = [program or "compute-sanitizer", *options, *tests]
+    stage = Stage(tool, command, 97, 4, tool, environment=dict(_SIDE_BY_SIDE))
     if tool == "memcheck":
         # Errors of calls that torch tries and catches are its own.
         stage.command[1:1] = ["--report-api-errors", "no"]
         # Memory that torch's allocator keeps hides accesses beyond the end of a tensor.
-        stage.environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     stage.skipped = "" if program else "compute-sanitizer is not installed"
     clean = r"ERROR SUMMARY: 0 errors" if tool == "memcheck" else r"RACECHECK SUMMARY: 0 hazards"
     stage.must_print = (clean, _SOME_PASSED)
