@@ -106,7 +106,8 @@ def stages(out: Path, jobs: int) -> list[Stage]:
               47, 2),
         Stage("kernel benchmarks", [python, "-u", "benchmarks/gpu.py", "--output", str(out), "--seconds", "{seconds}"],
               130, 3, grace=20, stretches=True),
-        *(Stage(name, command, 97, 4, name, environment=_SIDE_BY_SIDE, must_print=(_SOME_PASSED,)) for name, command in (
+        *(Stage(name, command, 97, 4, name, environment=_SIDE_BY_SIDE,
+                must_print=(_SOME_PASSED,)) for name, command in (
             ("gpu tests", [*pytest, "tests/kernels", "tests/optim", "-m", "gpu", junit("gpu"), *workers(8)]),
             ("cuda suite", [*suite, "-k", "cuda", junit("cuda"), *workers(4)]),
             ("triton suite", [*suite, "-k", "triton and not cuda", junit("triton"), *workers(4)]),
