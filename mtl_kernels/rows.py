@@ -11,11 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .uploads import packed
+
 MAX_TASKS = 128
 """The most tasks any kernel takes."""
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Row dtypes, and the numbers the compiled kernels know them by."""
+"""Row dtypes, and the numbers the kernels know them by."""
+
+ITEMSIZES = tuple(dtype.itemsize for dtype in DTYPE_CODES)
+"""Bytes of an element, by dtype number."""
 
 Row = Sequence[Tensor | None]
 
@@ -80,6 +85,7 @@ class RowTable:
     """
 
     __slots__ = (
+        "_addresses",
         "_codes",
         "_entries",
         "_matrix",
@@ -109,6 +115,7 @@ class RowTable:
         self._matrix: Tensor | None = None
         self._entries: list[list[Tensor | None]] | None = None
         self._pointers: list[int] | None = None
+        self._addresses: bytes | None = None
         self._numels: list[int] | None = None
         self._codes: list[int] | None = None
         self.dense = isinstance(rows, Tensor)
@@ -227,6 +234,13 @@ class RowTable:
             else:
                 self._pointers = [0 if t is None else t.data_ptr() for row in self.entries for t in row]
         return self._pointers
+
+    @property
+    def addresses(self) -> bytes:
+        """`pointers` packed into 8 bytes each."""
+        if self._addresses is None:
+            self._addresses = packed(self.pointers)
+        return self._addresses
 
     @property
     def numels(self) -> list[int]:

@@ -1,23 +1,24 @@
 """The compiled CUDA kernels: gram with the solver behind it in one launch, combine with its epilogues in another.
 
 What a launch needs besides the rows is kept per device and stream: the plan of a set of sizes, the table of addresses
-(copied to the device only when one changed), and the workspace. A CUDA graph may be replayed beside other work, so
-while one is captured a launch gets memory of its own, filled at once instead of by the graph: a replay is the kernels
-alone.
+(copied to the device only when one changed), and the workspace. Threads that share a stream take turns, from the plan
+to the last of a call's launches. A CUDA graph may be replayed beside other work, so while one is captured a launch gets
+memory of its own, filled at once instead of by the graph: a replay is the kernels alone.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rows import DTYPE_CODES, RowTable
+from ..uploads import Cache, capturing, on_host, packed
 
 _cuda: Any = None
 _reason: str | None = None
@@ -25,68 +26,52 @@ try:
     _cuda = importlib.import_module("mtl_kernels._cuda")
 except ModuleNotFoundError:
     _reason = (
-        "the extension module mtl_kernels._cuda was not built; install the CUDA toolkit (nvcc 12 or newer) and "
-        "reinstall mtl-kernels from source with MTL_KERNELS_CUDA=1"
+        "the extension module mtl_kernels._cuda was not built; install the CUDA toolkit (nvcc 12.8 or newer, or "
+        "12.0 with MTL_KERNELS_CUDA_ARCHS set to architectures it knows, such as 80;90) and reinstall mtl-kernels from "
+        "source with MTL_KERNELS_CUDA=1"
     )
 except ImportError as error:
     _reason = f"the extension module mtl_kernels._cuda does not load ({error}); reinstall mtl-kernels"
 
-_KEPT = 64
-"""Plans and address tables kept per stream."""
-
-T = TypeVar("T")
-
-
-class _Cache(OrderedDict[Hashable, Any]):
-    """The last `_KEPT` values that were asked for."""
-
-    def find(self, key: Hashable, make: Callable[[], T]) -> T:
-        if key in self:
-            self.move_to_end(key)
-        else:
-            self[key] = make()
-            if len(self) > _KEPT:
-                self.popitem(last=False)
-        found: T = self[key]
-        return found
-
 
 class _Stream:
-    """What is kept for launches on one stream of one device."""
+    """What is kept for launches on one stream of one device; to be used by who holds its lock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._plans = _Cache()
-        self._tables = _Cache()
+        self.lock = threading.RLock()
+        self._plans = Cache()
+        self._tables = Cache()
         self._workspace: dict[torch.dtype, Tensor] = {}
 
     def upload(self, values: Tensor) -> Any:
         """A copy on the device, without waiting for it. Torch keeps pinned memory until it was read."""
         return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
 
-    def addresses(self, pointers: Sequence[int]) -> int:
-        """The address of these addresses on the device."""
-        key = tuple(pointers)
-        return _address(self._tables.find(key, lambda: self.upload(torch.tensor(key, dtype=torch.int64))))
+    def table(self, words: bytes) -> Any:
+        """A table on the device. The caller holds on to it until its launch: it may not be kept for longer."""
+        return self._tables.find(words, lambda: self.upload(on_host(words)), len(words))
 
-    def plan(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, int]:
-        """A plan, and the address of its words on the device."""
+    def plan(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, Any]:
+        """A plan, and its words on the device."""
 
         def both() -> tuple[Any, Any]:
             made = make()
-            words = torch.frombuffer(bytearray(made.words), dtype=torch.int64) if made.words else torch.empty(0)
-            return made, self.upload(words)
+            return made, self.upload(on_host(made.words))
 
-        made, words = self._plans.find(key, both)
-        return made, _address(words)
+        return self._plans.find(key, both)
 
     def doubles(self, size: int) -> Tensor:
         """float64 workspace of at least ``size``; what is in it means nothing."""
         return self._workspace_of(size, torch.float64)
 
-    def counters(self, size: int) -> int:
-        """The address of int32 zeros, at least ``size``; every launch leaves them zero."""
-        return _address(self._workspace_of(size, torch.int32))
+    def counters(self, size: int) -> Any:
+        """int32 zeros, at least ``size``; every launch leaves them zero."""
+        return self._workspace_of(size, torch.int32)
+
+    def forget_counters(self) -> None:
+        """After a launch that failed: it may have counted some of its blocks."""
+        self._workspace.pop(torch.int32, None)
 
     def _workspace_of(self, size: int, dtype: torch.dtype) -> Tensor:
         found = self._workspace.get(dtype)
@@ -109,8 +94,8 @@ class _Capture(_Stream):
     def doubles(self, size: int) -> Tensor:
         return torch.empty(max(size, 1), dtype=torch.float64, device=self.device)
 
-    def counters(self, size: int) -> int:
-        return _address(self.upload(torch.zeros(size, dtype=torch.int32)))
+    def counters(self, size: int) -> Any:
+        return self.upload(torch.zeros(size, dtype=torch.int32, device="cpu"))
 
 
 def _address(memory: Any) -> int:
@@ -199,19 +184,20 @@ class CudaBackend:
         outputs = [-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out]
         sizes = (table.num_tasks, table.numels, table.codes, groups, weights.shape[0], outputs)
         index = self._index(table.device)
-        plan, words = stream.plan(_key("combine", *sizes), lambda: self._module.CombinePlan(index, *sizes))
-        targets = [_address(tensor) for tensor in out]
-        self._module.combine(
-            plan,
-            stream.addresses(table.pointers),
-            stream.addresses(targets),
-            words,
-            weights.data_ptr(),
-            _address(scale),
-            _address(found_inf),
-            accumulate,
-            handle,
-        )
+        targets = packed(_address(tensor) for tensor in out)
+        with stream.lock:
+            plan, words = stream.plan(_key("combine", *sizes), lambda: self._module.CombinePlan(index, *sizes))
+            tables = stream.table(table.addresses), stream.table(targets)
+            self._module.combine(
+                plan,
+                *map(_address, tables),
+                _address(words),
+                weights.data_ptr(),
+                _address(scale),
+                _address(found_inf),
+                accumulate,
+                handle,
+            )
 
     def solve(
         self,
@@ -229,8 +215,9 @@ class CudaBackend:
         arguments = self._solver(solver, gram, active, rng, False, options, inputs, weights, certificate)
         batch, index = math.prod(gram.shape[:-2]), self._index(gram.device)
         needed = self._module.solve_scratch(index, arguments, batch)
-        scratch = stream.doubles(needed) if needed else None
-        self._module.solve(index, arguments, gram.data_ptr(), batch, _address(scratch), handle)
+        with stream.lock:
+            scratch = stream.doubles(needed) if needed else None
+            self._module.solve(index, arguments, gram.data_ptr(), batch, _address(scratch), handle)
         return weights, certificate
 
     def _gram(
@@ -245,29 +232,29 @@ class CudaBackend:
         stream, handle = self._stream(table.device)
         index = self._index(table.device)
         sizes = (table.num_tasks, table.numels, table.codes, groups, gram.shape[0])
-        plan, words = stream.plan(_key("gram", *sizes), lambda: self._module.GramPlan(index, *sizes))
-        scratch_doubles = 0 if solver is None else plan.scratch_doubles(solver)
-        doubles = stream.doubles(plan.sum_doubles + scratch_doubles)
-        counters = stream.counters(plan.num_counters)
-        pointers = stream.addresses(table.pointers)
-        try:
-            self._module.gram(
-                plan,
-                pointers,
-                words,
-                doubles.data_ptr(),
-                counters,
-                gram.data_ptr(),
-                _address(norms),
-                _address(cosines),
-                solver,
-                doubles[plan.sum_doubles :].data_ptr() if scratch_doubles else 0,
-                handle,
-            )
-        except RuntimeError:
-            # Some of several launches may have counted their blocks: start from zero.
-            self._streams.pop((index, handle), None)
-            raise
+        with stream.lock:
+            plan, words = stream.plan(_key("gram", *sizes), lambda: self._module.GramPlan(index, *sizes))
+            scratch_doubles = 0 if solver is None else plan.scratch_doubles(solver)
+            doubles = stream.doubles(plan.sum_doubles + scratch_doubles)
+            counters = stream.counters(plan.num_counters)
+            pointers = stream.table(table.addresses)
+            try:
+                self._module.gram(
+                    plan,
+                    _address(pointers),
+                    _address(words),
+                    doubles.data_ptr(),
+                    _address(counters),
+                    gram.data_ptr(),
+                    _address(norms),
+                    _address(cosines),
+                    solver,
+                    doubles[plan.sum_doubles :].data_ptr() if scratch_doubles else 0,
+                    handle,
+                )
+            except RuntimeError:
+                stream.forget_counters()
+                raise
 
     def _solver(
         self,
@@ -307,15 +294,14 @@ class CudaBackend:
             return self._kept(device, 0), 0
         device = torch.device(device.type, self._index(device))
         handle = torch._C._cuda_getCurrentRawStream(device.index)
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return _Capture(device, self._module.DeviceCopy, self._captured), handle
         return self._kept(device, handle), handle
 
     def _kept(self, device: torch.device, handle: int) -> _Stream:
         key = (self._index(device), handle)
-        if key not in self._streams:
-            self._streams[key] = _Stream(device)
-        return self._streams[key]
+        found = self._streams.get(key)
+        return self._streams.setdefault(key, _Stream(device)) if found is None else found
 
 
 def _key(*parts: Any) -> Hashable:

@@ -1,21 +1,33 @@
 """What is the CUDA backend's own: its caches, captures, and what it says when something is missing."""
 
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
-from exact import make_rows
+from exact import DTYPES, make_rows
 
 import emulated
 import mtl_kernels as mk
+from mtl_kernels import dispatch, uploads
 from mtl_kernels.backends import BACKENDS, cuda
 from mtl_kernels.rows import RowTable
 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_choice_is_kept() -> Iterator[None]:
+    dispatch._resolved.clear()
+    yield
+    dispatch._resolved.clear()
+
+
 @pytest.fixture
-def backend() -> cuda.CudaBackend:
+def backend(cpu_only: None) -> cuda.CudaBackend:
     """The backend over the host emulation, with nothing kept yet."""
     if (reason := emulated.missing()) is not None:
         pytest.skip(reason)
@@ -50,7 +62,81 @@ def test_what_is_kept_is_bounded(backend: cuda.CudaBackend) -> None:
     for columns in range(1, 100):
         gram(backend, RowTable(matrix[:, :columns]))
     kept = backend._kept(CPU, 0)
-    assert len(kept._plans) == cuda._KEPT and len(kept._tables) <= cuda._KEPT
+    assert len(kept._plans) == uploads.KEPT and len(kept._tables) <= uploads.KEPT
+
+
+def test_tables_whose_addresses_change_are_bounded_in_bytes(
+    backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "KEPT_BYTES", 10 * 8 * 3)
+    kept, matrix = backend._kept(CPU, 0), torch.randn(3, 100)
+    for column in range(30):
+        gram(backend, RowTable(matrix[:, column:]))
+    assert len(kept._tables) == 10
+
+
+def in_threads(number: int, work: Callable[[int], None]) -> None:
+    """Runs ``work(n)`` side by side, and raises what any of them raised."""
+    errors: list[BaseException] = []
+
+    def run(n: int) -> None:
+        try:
+            work(n)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(number)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_that_share_a_stream_take_turns(backend: cuda.CudaBackend) -> None:
+    """Their launches, of one call one for each dtype, share counters and workspace."""
+    shapes = [[(300 * n + 40,), (70,), (9, 9), (5,)] for n in range(4)]
+    tables = [RowTable(make_rows(2 + 9 * (n % 2), shapes[n], DTYPES, seed=n)) for n in range(4)]
+    expected = [gram(backend, table) for table in tables]
+    weights = [torch.randn(1, table.num_tasks, dtype=torch.float64) for table in tables]
+    combined = [[torch.empty_like(tensor) for tensor in table.like] for table in tables]
+    for table, w, out in zip(tables, weights, combined, strict=True):
+        backend.combine_into(table, w, [0] * 4, out)
+    backend._streams.clear()
+
+    def work(n: int) -> None:
+        out = [torch.empty_like(tensor) for tensor in tables[n].like]
+        for _ in range(40):
+            assert torch.equal(gram(backend, tables[n]), expected[n])
+            backend.combine_into(tables[n], weights[n], [0] * 4, out)
+            assert all(map(torch.equal, out, combined[n]))
+
+    in_threads(len(tables), work)
+    assert len(backend._streams) == 1
+
+
+def test_threads_whose_tables_leave_the_cache(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "KEPT", 2)
+    tables = [RowTable(torch.randn(3, 40 + n)) for n in range(5)]
+    expected = [gram(backend, table) for table in tables]
+
+    def work(n: int) -> None:
+        for i in range(200):
+            at = (n + i) % len(tables)
+            assert torch.equal(gram(backend, tables[at]), expected[at])
+
+    in_threads(4, work)
+
+
+def test_a_capture_on_another_device_than_the_current_one(
+    backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(cuda, "capturing", lambda device: asked.append(device) or True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    stream, handle = backend._stream(torch.device("cuda", 1))
+    assert isinstance(stream, cuda._Capture) and handle == 7 and asked == [torch.device("cuda", 1)]
 
 
 def test_a_capture_uses_nothing_that_is_kept(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +191,7 @@ def test_no_memory_for_the_workspace(backend: cuda.CudaBackend, monkeypatch: pyt
     torch.testing.assert_close(out[0], mk.gram(table, backend="reference"))
 
 
-def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_says_what_is_missing(cpu_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     module = SimpleNamespace(missing=lambda: "no NVIDIA driver was found", unsupported=lambda device: None)
     monkeypatch.setitem(BACKENDS, "cuda", cuda.CudaBackend("cuda", module))
     assert mk.available_backends()["cuda"] == "no NVIDIA driver was found"
@@ -121,6 +207,16 @@ def test_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     backend._module = None
     monkeypatch.setattr(cuda, "_reason", "the extension module mtl_kernels._cuda was not built")
     assert "not built" in str(backend.missing())
+
+
+def test_the_reason_names_the_toolkit_that_knows_the_default_architectures() -> None:
+    code = """
+import sys; sys.modules["mtl_kernels._cuda"] = None
+from mtl_kernels.backends import cuda
+print(cuda.CudaBackend().missing())
+"""
+    reason = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "nvcc 12.8 or newer" in reason and "MTL_KERNELS_CUDA_ARCHS" in reason
 
 
 def test_an_architecture_that_is_not_in_the_binary(monkeypatch: pytest.MonkeyPatch) -> None:
