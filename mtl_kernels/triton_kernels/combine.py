@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import RowTable
+from ..rows import ITEMSIZES, RowTable
 from . import tables
-from .common import ITEMSIZES, bound, narrow, row_pointers, widen
+from .common import bound, narrow, row_pointers, widen
 
 MAX_CHUNKS = 1056
 """The most programs of one launch over the parameters of one group."""
@@ -34,7 +34,7 @@ def configuration(num_tasks: int) -> Configuration:
 
 def combine_into(table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]) -> None:
     """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]``; weights float64 ``[S, K]``."""
-    work = tables.work(table, groups, MAX_CHUNKS)
+    work = tables.work(table, table.codes, groups, MAX_CHUNKS)
     if not work.launches:
         return
     pointers = tables.pointers(table, out)

@@ -12,8 +12,6 @@ BFLOAT16 = tl.constexpr(2)
 FLOAT16 = tl.constexpr(3)
 """Row dtypes, numbered as in `mtl_kernels.rows.DTYPE_CODES`."""
 
-ITEMSIZES = (4, 8, 2, 2)
-
 if INTERPRETED:
 
     def bound(value):

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import RowTable
+from ..rows import ITEMSIZES, RowTable
 from . import tables
-from .common import BFLOAT16, FLOAT16, FLOAT64, INTERPRETED, ITEMSIZES, bound, float_of_bfloat16, row_pointers
+from .common import BFLOAT16, FLOAT16, FLOAT64, INTERPRETED, bound, float_of_bfloat16, row_pointers
 
 SUM_WARPS = 8
 
@@ -72,7 +72,7 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     num_tasks, device = table.num_tasks, table.device
     blackwell = is_blackwell(device)
     shape = configuration(num_tasks, 0, blackwell)  # what the partial sums look like is the same for every dtype
-    work = tables.work(table, groups, shape.max_chunks)
+    work = tables.work(table, table.codes, groups, shape.max_chunks)
     if not work.launches:
         return
     pointers = tables.pointers(table)

@@ -6,23 +6,27 @@ Both are uploaded from pinned memory, without a wait, when they are first needed
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..rows import RowTable
+from ..rows import ITEMSIZES, RowTable
+from ..uploads import Cache, capturing, on_host, packed
 from .plan import make_plan
 
-CACHED_TABLES = 64
-"""Tables kept, of the ones used last."""
+PINS_IN_A_CAPTURE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+"""Whether torch has pinned memory during a capture: before, its allocator queried events, and failed there."""
 
-_ITEMSIZES = (4, 8, 2, 2)
-_cache: OrderedDict[Hashable, object] = OrderedDict()
+_caches: dict[tuple[torch.device, int], Cache] = {}
+"""By device and stream: on another stream an upload might not have happened yet."""
+_lock = threading.RLock()
 _captured: list[Tensor] = []
 """Pinned memory that a captured graph copies from at every replay: never freed."""
+
+T = TypeVar("T")
 
 
 class Launch(NamedTuple):
@@ -42,84 +46,85 @@ class Work(NamedTuple):
     num_slots: int
 
 
-def work(table: RowTable, groups: Sequence[int], max_chunks: int) -> Work:
-    """The plan for a table's sizes."""
-    key = (tuple(table.numels), tuple(table.codes), tuple(groups), max_chunks)
+def work(table: RowTable, codes: Sequence[int], groups: Sequence[int], max_chunks: int) -> Work:
+    """The plan for a table's sizes; parameters whose ``codes`` differ go to launches of their own."""
+    key = (tuple(table.numels), tuple(codes), tuple(groups), max_chunks)
 
     def build() -> Work:
         plan = make_plan(*key)
         lists: list[list[int]] = [plan.slots]
         for launch in plan.launches:
             lists += [_flat(launch.segments), _flat(launch.chunks)]
-        packed = _upload(_flat(lists), table.device)
-        slots, *rest = packed.split([len(values) for values in lists])
+        uploaded = _upload(packed(_flat(lists)), table.device)
+        slots, *rest = uploaded.split([len(values) for values in lists])
         launches = [
             Launch(launch.code, segments, chunks, len(launch.chunks))
             for launch, segments, chunks in zip(plan.launches, rest[::2], rest[1::2], strict=True)
         ]
         return Work(launches, slots, plan.slots[-1])
 
-    found = _cached(("work", *key), table.device, build)
-    return found  # type: ignore[return-value]
+    return _find(("work", *key), table.device, build)
 
 
 def pointers(table: RowTable, out: Sequence[Tensor | None] = ()) -> Tensor:
     """int64 ``[K, P]``, and one more row for the addresses of ``out``."""
-    addresses = [*table.pointers, *(0 if tensor is None else tensor.data_ptr() for tensor in out)]
-    key = tuple(addresses)
+    addresses = table.addresses + packed(0 if tensor is None else tensor.data_ptr() for tensor in out)
 
     def build() -> Tensor:
         if table.device.type == "cuda":
-            _check_aligned(addresses, table)
+            _check_aligned(addresses, table, out)
         return _upload(addresses, table.device)
 
-    found = _cached(("pointers", key, tuple(table.codes)), table.device, build)
-    return found  # type: ignore[return-value]
+    # The dtypes say which addresses are aligned.
+    key = ("pointers", addresses, tuple(table.codes), tuple(None if tensor is None else tensor.dtype for tensor in out))
+    return _find(key, table.device, build, len(addresses))
 
 
 def _flat(lists: Sequence[Sequence[int]]) -> list[int]:
     return list(itertools.chain.from_iterable(lists))
 
 
-def _check_aligned(addresses: Sequence[int], table: RowTable) -> None:
-    sizes = torch.tensor([_ITEMSIZES[code] for code in table.codes])
-    odd = torch.tensor(addresses).view(-1, table.num_params) % sizes
+def _check_aligned(addresses: bytes, table: RowTable, out: Sequence[Tensor | None]) -> None:
+    """Raise where an element lies across the addresses it could be read at."""
+    row_sizes = [ITEMSIZES[code] for code in table.codes]
+    out_sizes = [1 if tensor is None else tensor.element_size() for tensor in out]
+    sizes = on_host(packed([*row_sizes * table.num_tasks, *out_sizes]))
+    odd = on_host(addresses) % sizes
     if odd.any():
-        row, p = odd.nonzero()[0].tolist()
+        at = int(odd.nonzero()[0])
+        row, p = divmod(at, table.num_params)
         raise ValueError(
             f"{f'row {row}' if row < table.num_tasks else 'out'}, parameter {p} lies at an address that its element "
-            f"size {int(sizes[p])} does not divide; a GPU cannot read it there: clone the tensor"
+            f"size {int(sizes[at])} does not divide; a GPU cannot read it there: clone the tensor"
         )
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _cached(key: Hashable, device: torch.device, build) -> object:  # type: ignore[no-untyped-def]
-    """What ``build`` returned before on this stream: elsewhere its upload might not have happened yet.
+def _find(key: Hashable, device: torch.device, build: Callable[[], T], size: int = 0) -> T:
+    """What ``build`` returned before on this stream.
 
     A graph that is being captured gets its own, for what it holds has to outlive the cache.
     """
-    if _capturing(device):
+    if capturing(device):
+        _check_capture()
         return build()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, key)
-    found = _cache.get(key)
-    if found is None:
-        found = _cache[key] = build()
-        if len(_cache) > CACHED_TABLES:
-            _cache.popitem(last=False)
-    else:
-        _cache.move_to_end(key)
-    return found
+    with _lock:
+        return _caches.setdefault((device, stream), Cache()).find(key, build, size)
 
 
-def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+def _check_capture() -> None:
+    if not PINS_IN_A_CAPTURE:
+        raise RuntimeError(
+            "the triton backend can go into a CUDA graph with torch 2.11 or newer, found torch "
+            f"{torch.__version__}: use a newer one, or the compiled backend cuda"
+        )
+
+
+def _upload(table: bytes, device: torch.device) -> Tensor:
+    values = on_host(table)
     if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    pinned = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-    pinned.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
-    if _capturing(device):
+        return values.to(device)
+    pinned = torch.empty(values.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(values)
+    if capturing(device):
         _captured.append(pinned)
-    return torch.empty(len(values), dtype=torch.int64, device=device).copy_(pinned, non_blocking=True)
+    return pinned.to(device, non_blocking=True)
