@@ -68,14 +68,17 @@ def resolve(device: torch.device, backend: str | None) -> Backend:
 
 def _choose(device: torch.device, name: str) -> Backend:
     if check_name(name) == "auto":
-        usable = (b for b in BACKENDS.values() if b.missing() is None and b.refusal(device) is None)
-        return next(backend for backend in usable if backend.automatic_on(device))
+        # By the type of the device first: asking for a driver starts it, and a process that did cannot fork for it.
+        for backend in BACKENDS.values():
+            if backend.automatic_on(device) and backend.missing() is None and backend.refusal(device) is None:
+                return backend
+        raise RuntimeError(
+            f"no backend takes {device.type} tensors; reference: {BACKENDS['reference'].refusal(device)}"
+        )
     backend = BACKENDS[name]
     if (reason := backend.missing()) is not None:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if (reason := backend.refusal(device)) is not None:
-        raise RuntimeError(
-            f"backend {name!r} cannot take {device.type} tensors: {reason}; or choose another backend "
-            "(reference runs everywhere)"
-        )
+        others = "" if BACKENDS["reference"].refusal(device) else "; or choose another backend (reference takes them)"
+        raise RuntimeError(f"backend {name!r} cannot take {device.type} tensors: {reason}{others}")
     return backend

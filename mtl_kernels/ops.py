@@ -441,6 +441,7 @@ def _combine(
     found_inf: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor | list[Tensor | None]:
+    chosen = dispatch.resolve(table.device, backend)
     weights, group_list = checks.check_weights(table, weights, groups)
     scale, found_inf = checks.check_epilogue(table, scale, found_inf)
     if out is None:
@@ -460,7 +461,6 @@ def _combine(
             _elsewhere(like, target, accumulate) if like is not None and target is not None and place is None else place
             for place, like, target in zip(written, table.like, targets, strict=True)
         ]
-    chosen = dispatch.resolve(table.device, backend)
     if is_fused(chosen):
         chosen.combine_into(table, weights, group_list, written, scale, found_inf, accumulate)
     else:
@@ -495,10 +495,11 @@ def _solve(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     checks.check_gram(gram)
+    chosen = dispatch.resolve(gram.device, backend)  # before float64, which the device may not have
     if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():
         gram = gram.detach().to(torch.float64).contiguous()
     active, rng, inputs = _solver_arguments(gram, active, rng, inputs)
-    return dispatch.resolve(gram.device, backend).solve(solver, gram, active, rng, options, inputs, certified)
+    return chosen.solve(solver, gram, active, rng, options, inputs, certified)
 
 
 _library = torch.library.Library("mtl_kernels", "DEF")

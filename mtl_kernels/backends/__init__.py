@@ -18,14 +18,14 @@ class Backend(Protocol):
     fused: bool
     """Whether it is a `FusedBackend`."""
 
+    def automatic_on(self, device: torch.device) -> bool:
+        """Whether the automatic choice may pick it for a device of this type; asks no driver."""
+
     def missing(self) -> str | None:
-        """None if usable, else what is missing and how to get it."""
+        """None if usable, else what is missing and how to get it; may start a driver."""
 
     def refusal(self, device: torch.device) -> str | None:
         """None if it takes tensors of the device, else why not and what would; asked where nothing is missing."""
-
-    def automatic_on(self, device: torch.device) -> bool:
-        """Whether the automatic choice may pick it there; asked where it refuses nothing."""
 
     def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
         """Writes the Gram matrix of each group to ``out``, zeroed float64 ``[S, K, K]``."""

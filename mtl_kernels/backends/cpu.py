@@ -38,7 +38,7 @@ class CpuBackend:
         return None if device.type == "cpu" else "it runs on cpu tensors"
 
     def automatic_on(self, device: torch.device) -> bool:
-        return True
+        return device.type == "cpu"
 
     def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
         _cpu.gram(

@@ -142,7 +142,7 @@ class CudaBackend:
         return self._unsupported[index]
 
     def automatic_on(self, device: torch.device) -> bool:
-        return True
+        return device.type == self._device_type
 
     def gram_into(self, table: RowTable, groups: Sequence[int], out: Tensor) -> None:
         self._gram(table, groups, out)

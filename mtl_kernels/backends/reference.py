@@ -15,6 +15,8 @@ from ..rows import RowTable
 BLOCK = 1 << 16
 """Columns converted to float64 at a time."""
 
+_WITHOUT_FLOAT64 = ("mps",)
+
 
 def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     """Adds J_s J_s^T of each group s of parameters to ``out[s]``, float64 ``[S, K, K]``."""
@@ -23,16 +25,24 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
             continue
         tasks = [k for k in range(table.num_tasks) if table.entries[k][p] is not None]
         flat = [_flat(table.entries[k][p]) for k in tasks]
-        index = torch.tensor(tasks, device=table.device) if len(tasks) < table.num_tasks else None
         for begin in range(0, like.numel(), BLOCK):
             block = torch.stack([row[begin : begin + BLOCK].double() for row in flat])
             product = block @ block.T
-            if index is None:
-                out[groups[p]] += product
-            else:
-                out[groups[p]].index_put_((index[:, None], index[None, :]), product, accumulate=True)
+            if len(tasks) < table.num_tasks:
+                product = _spread(_spread(product, tasks, table.num_tasks).T, tasks, table.num_tasks).T
+            out[groups[p]] += product
     lower = out.tril(-1)
     out.copy_(out.tril() + lower.mT)
+
+
+def _spread(rows: Tensor, tasks: Sequence[int], num_tasks: int) -> Tensor:
+    """The rows at the places of their tasks among ``num_tasks``, with zeros in between.
+
+    By slices: the host would wait for an index to reach the device, and a CUDA graph could not be captured.
+    """
+    pieces, nothing = iter(rows.split(1)), rows.new_zeros(1, rows.shape[1])
+    present = set(tasks)
+    return torch.cat([next(pieces) if task in present else nothing for task in range(num_tasks)])
 
 
 def combine_into(
@@ -76,6 +86,19 @@ def _flat(tensor: Tensor | None) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+def check_solver(solver: str, options: Sequence[float], rng: Tensor | None) -> None:
+    """Raise as the compiled backends do, for the backends that are not: see ``solvers/find.h``."""
+    from ..solvers import REFERENCE
+
+    if solver not in REFERENCE:
+        raise ValueError(f"unknown solver {solver!r}; expected one of {', '.join(REFERENCE)}")
+    expected = REFERENCE[solver]
+    if len(options) != expected.num_options:
+        raise ValueError(f"solver {solver!r} takes {expected.num_options} options, found {len(options)}")
+    if rng is None and expected.needs_rng(options):
+        raise ValueError(f"solver {solver!r} needs an rng state with these options")
+
+
 def solve(
     solver: str,
     gram: Tensor,
@@ -88,15 +111,14 @@ def solve(
     """Runs the PyTorch form of a solver on ``gram`` float64 ``[..., K, K]``, flattened to one batch dimension."""
     from ..solvers import REFERENCE
 
-    if solver not in REFERENCE:
-        raise ValueError(f"unknown solver {solver!r}; expected one of {', '.join(REFERENCE)}")
+    check_solver(solver, options, rng)
     lead, num_tasks = gram.shape[:-2], gram.shape[-1]
     if active is None:
         active = torch.ones((), dtype=torch.bool, device=gram.device)
     active = active.expand(*lead, num_tasks).reshape(-1, num_tasks)
     if inputs is not None:
         inputs = inputs.expand(*lead, num_tasks).reshape(-1, num_tasks)
-    weights, certificate = REFERENCE[solver](
+    weights, certificate = REFERENCE[solver].solve(
         gram.reshape(-1, num_tasks, num_tasks), active, rng, tuple(options), inputs
     )
     return weights.reshape(*lead, num_tasks), certificate.reshape(*lead, 2)
@@ -115,6 +137,8 @@ class ReferenceBackend:
         return None
 
     def refusal(self, device: torch.device) -> str | None:
+        if device.type in _WITHOUT_FLOAT64:
+            return f"it computes in float64, which {device.type} does not have; move them to the CPU with .cpu()"
         return None
 
     def automatic_on(self, device: torch.device) -> bool:

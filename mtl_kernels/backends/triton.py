@@ -93,6 +93,7 @@ class TritonBackend:
         inputs: Tensor | None,
         certified: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        reference.check_solver(solver, options, rng)
         if solver not in _SOLVERS or math.prod(gram.shape[:-2]) == 0:
             return reference.solve(solver, gram, active, rng, options, inputs, certified)
         weights = gram.new_empty(gram.shape[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,20 @@ class Solution(NamedTuple):
     weights: Tensor
     gap: Tensor | None = None
     iterations: Tensor | None = None
+
+
+class Reference(NamedTuple):
+    """The PyTorch form of a solver, and what it is called with, as in its header.
+
+    Attributes:
+        solve: (gram [B, K, K], active [B, K], rng, options, inputs) -> (weights [B, K], certificate [B, 2]).
+        num_options: the length of ``options``.
+        needs_rng: whether these options need an rng state.
+    """
+
+    solve: Callable[[Tensor, Tensor, Tensor | None, Sequence[float], Tensor | None], tuple[Tensor, Tensor]]
+    num_options: int
+    needs_rng: Callable[[Sequence[float]], bool]
 
 
 class Problems(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .common import Problems, Solution, prepare, settle, uniform
+from .common import Problems, Reference, Solution, prepare, settle, uniform
 
 _EPSILON = torch.finfo(torch.float64).eps
 _FRANK_WOLFE_ITERATIONS = 250
@@ -245,3 +245,6 @@ def _wolfe(problems: Problems, max_iters: int, tol: float) -> tuple[Tensor, Tens
     total = weights.sum(-1, keepdim=True)
     weights = torch.where(total > 0, weights / total, torch.zeros_like(weights))
     return torch.where(vertex_is_answer.unsqueeze(-1), at_start.to(weights.dtype), weights), iterations
+
+
+REFERENCE = Reference(reference, num_options=3, needs_rng=lambda options: False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..rng import order_keys
-from .common import prepare, settle
+from .common import Reference, prepare, settle
 
 
 def pcgrad_weights(
@@ -64,8 +64,6 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """`pcgrad_weights` in PyTorch, for a batch; options: (random, mean). All tasks visit at the same time."""
     random, mean = options
-    if random and rng is None:
-        raise ValueError("a random order needs an rng state")
     problems = prepare(gram, active)
     gram = problems.gram
     batch, num_tasks, _ = gram.shape
@@ -91,3 +89,6 @@ def reference(
         weights = weights / problems.num_active.clamp(min=1).unsqueeze(-1)
     nothing = gram.new_zeros(batch)
     return settle(problems, weights, nothing, nothing)
+
+
+REFERENCE = Reference(reference, num_options=2, needs_rng=lambda options: options[0] != 0)

@@ -20,8 +20,6 @@ def solve(
 ) -> None:
     """Solves ``gram`` float64 ``[..., K, K]``, and leaves ``certificate`` as it is; options: (random, mean)."""
     random, mean = (bool(option) for option in options)
-    if random and rng is None:
-        raise ValueError("a random order needs an rng state")
     num_tasks = gram.shape[-1]
     batch = gram.numel() // num_tasks**2
     shape = configuration(num_tasks)

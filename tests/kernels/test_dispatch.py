@@ -137,6 +137,57 @@ def test_a_backend_that_does_not_run_on_the_device(monkeypatch: pytest.MonkeyPat
         mk.gram(ROWS.to("meta"), backend="cpu")
 
 
+def test_the_choice_for_the_cpu_asks_for_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for one starts it, and a process that did so cannot be forked for work on the GPU."""
+
+    def ask(*arguments: object) -> None:
+        pytest.fail("asked for a driver")
+
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(BACKENDS[name], "missing", ask)
+        monkeypatch.setattr(BACKENDS[name], "refusal", ask)
+    mk.gram(ROWS)
+    mk.gram(ROWS, backend="reference")
+    mk.pcgrad_weights(torch.eye(2))
+    mk.gram(ROWS.to("meta"))
+
+
+def test_a_gpu_backend_asked_for_on_the_cpu_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: "no NVIDIA driver was found")
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: no NVIDIA driver was found"):
+        mk.gram(ROWS, backend="cuda")
+    monkeypatch.setattr(BACKENDS["cuda"], "missing", lambda: None)
+    with pytest.raises(RuntimeError, match="'cuda' cannot take cpu tensors: it runs on cuda tensors; or choose"):
+        mk.gram(ROWS, backend="cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_a_device_without_float64(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"float64, which mps does not have; move them to the CPU with \.cpu\(\)$"):
+        dispatch.resolve(torch.device("mps"), name)
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot take mps tensors: it runs on cpu tensors$"):
+        dispatch.resolve(torch.device("mps"), "cpu")
+
+
+@pytest.mark.parametrize("operation", ["combine", "solve"])
+def test_a_refused_device_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """MPS raises on its own at the conversion to float64, with a text that does not say what to do."""
+
+    def refuse(device: torch.device, backend: str | None) -> None:
+        raise RuntimeError("refused")
+
+    def convert(*arguments: object) -> None:
+        pytest.fail("converted to float64")
+
+    monkeypatch.setattr(dispatch, "resolve", refuse)
+    monkeypatch.setattr(torch.Tensor, "to", convert)
+    with pytest.raises(RuntimeError, match="refused"):
+        if operation == "combine":
+            mk.combine(ROWS, torch.ones(3), scale=torch.ones(1))
+        else:
+            mk.pcgrad_weights(torch.eye(2))
+
+
 def test_a_failed_request_leaves_the_output_alone(without_cpu: None) -> None:
     out = torch.full((10,), 5.0)
     with pytest.raises(RuntimeError, match="not available"):
