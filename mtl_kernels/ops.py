@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch
-from .backends import Backend, is_fused, reference
+from .backends import Backend, is_fused
 from .rows import Row, RowTable, check_num_tasks
 
 _PLAIN = frozenset({Tensor, type(None)})
@@ -401,34 +401,10 @@ def _elsewhere(like: Tensor, target: Tensor, accumulate: bool) -> Tensor:
     return place.copy_(target.detach()) if accumulate else place
 
 
-def _combine_unfused(
-    backend: Backend,
-    table: RowTable,
-    weights: Tensor,
-    groups: Sequence[int],
-    out: Sequence[Tensor | None],
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-    accumulate: bool,
-) -> None:
-    """The epilogues of `combine` for a backend whose kernel has none: one PyTorch operation each."""
-    if scale is not None:
-        weights = weights * scale.double()
-    cast = any(
-        o is not None and like is not None and o.dtype != like.dtype for o, like in zip(out, table.like, strict=True)
-    )
-    if accumulate or cast:
-        reference.combine_into(table, weights, groups, out, accumulate)
-    else:
-        backend.combine_into(table, weights, groups, out)
-    if found_inf is not None:
-        _flag_non_finite(out, found_inf)
-
-
 def _flag_non_finite(written: Sequence[Tensor | None], found_inf: Tensor) -> None:
     for target in written:
         if target is not None:
-            found_inf.copy_(torch.where(target.isfinite().all(), found_inf, 1.0))
+            found_inf.masked_fill_(target.isfinite().all().logical_not(), 1.0)
 
 
 def _combine(
@@ -462,9 +438,11 @@ def _combine(
             for place, like, target in zip(written, table.like, targets, strict=True)
         ]
     if is_fused(chosen):
-        chosen.combine_into(table, weights, group_list, written, scale, found_inf, accumulate)
+        chosen.combine_into(table, weights, group_list, written, accumulate, scale, found_inf)
     else:
-        _combine_unfused(chosen, table, weights, group_list, written, scale, found_inf, accumulate)
+        chosen.combine_into(table, weights if scale is None else weights * scale, group_list, written, accumulate)
+        if found_inf is not None:
+            _flag_non_finite(written, found_inf)
     if out is not None:
         _finish_out(targets, written)
     if table.dense:

@@ -37,9 +37,11 @@ def kernels(blackwell: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[st
             yield "gram", gram._partials_kernel, gram.constants(shape, code), gram.options(shape)
         yield "sums", gram._sums_kernel, gram.sum_constants(shape), {"num_warps": gram.SUM_WARPS}
     for num_tasks in (2, 4, 8):
+        columns = combine.configuration(num_tasks)
         for code in range(4):
-            columns = combine.configuration(num_tasks)
-            yield "combine", combine._combine_kernel, combine.constants(columns, code), {"num_warps": columns.warps}
+            for epilogue in ((code, False), ((code + 1) % 4, True)):
+                constants = combine.constants(columns, code, *epilogue)
+                yield "combine", combine._combine_kernel, constants, {"num_warps": columns.warps}
     for num_tasks in (8, 32, 128):
         tasks, rows, warps = problem.configuration(num_tasks)
         constants = {"TASKS": tasks, "ROWS": rows, "HAS_ACTIVE": True}

@@ -18,21 +18,29 @@ namespace {
 
 using Address = std::uintptr_t;
 
+std::vector<mtl::DType> dtypes_of(const std::vector<int>& codes) {
+  std::vector<mtl::DType> dtypes;
+  for (int code : codes) {
+    if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+    dtypes.push_back(static_cast<mtl::DType>(code));
+  }
+  return dtypes;
+}
+
 // Owns the table that the kernels see.
 class Table {
  public:
   Table(std::vector<Address> pointers, std::vector<std::int64_t> numels, const std::vector<int>& codes,
         std::vector<std::int32_t> groups, int num_tasks)
-      : pointers_(std::move(pointers)), numels_(std::move(numels)), groups_(std::move(groups)) {
+      : pointers_(std::move(pointers)),
+        numels_(std::move(numels)),
+        dtypes_(dtypes_of(codes)),
+        groups_(std::move(groups)) {
     if (num_tasks < 1 || num_tasks > mtl::kMaxTasks)
       throw std::invalid_argument("number of tasks out of range");
     if (pointers_.size() != num_tasks * numels_.size() || codes.size() != numels_.size() ||
         groups_.size() != numels_.size())
       throw std::invalid_argument("pointers, sizes, dtypes and groups do not fit together");
-    for (int code : codes) {
-      if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
-      dtypes_.push_back(static_cast<mtl::DType>(code));
-    }
     rows_ = {num_tasks,        static_cast<std::int64_t>(numels_.size()),
              pointers_.data(), numels_.data(),
              dtypes_.data(),   groups_.data()};
@@ -63,12 +71,15 @@ void gram(std::vector<Address> pointers, std::vector<std::int64_t> numels, const
 
 void combine(std::vector<Address> pointers, std::vector<std::int64_t> numels, const std::vector<int>& codes,
              std::vector<std::int32_t> groups, int num_tasks, Address weights,
-             const std::vector<Address>& out, int threads) {
+             const std::vector<Address>& out, const std::vector<int>& out_codes, bool accumulate,
+             int threads) {
   const Table table(std::move(pointers), std::move(numels), codes, std::move(groups), num_tasks);
-  if (static_cast<std::int64_t>(out.size()) != table.rows().num_params)
+  const std::vector<mtl::DType> out_dtypes = dtypes_of(out_codes);
+  if (static_cast<std::int64_t>(out.size()) != table.rows().num_params || out.size() != out_dtypes.size())
     throw std::invalid_argument("one output per parameter expected");
   py::gil_scoped_release release;
-  mtl::cpu::combine(table.rows(), at<const double>(weights), out.data(), threads);
+  mtl::cpu::combine(table.rows(), at<const double>(weights), {out.data(), out_dtypes.data(), accumulate},
+                    threads);
 }
 
 void solve(const std::string& solver, std::int64_t batch, int num_tasks, Address gram, Address active,

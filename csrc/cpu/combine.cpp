@@ -23,12 +23,12 @@ bool in_place(const RowTable& rows, std::int64_t p, std::uintptr_t out) {
 
 }  // namespace
 
-void combine(const RowTable& rows, const double* weights, const std::uintptr_t* out, int threads) {
+void combine(const RowTable& rows, const double* weights, const Outputs& out, int threads) {
   std::vector<char> past_cache(rows.num_params);
   std::int64_t bytes = 0;
   for (std::int64_t p = 0; p < rows.num_params; ++p) {
-    past_cache[p] = out[p] != 0 && !in_place(rows, p, out[p]);
-    bytes += rows.numels[p] * item_size(rows.dtypes[p]);
+    past_cache[p] = !out.accumulate && out.pointers[p] != 0 && !in_place(rows, p, out.pointers[p]);
+    bytes += rows.numels[p] * item_size(out.dtypes[p]);
   }
   if (bytes < kPastCacheBytes) past_cache.assign(rows.num_params, 0);
 
@@ -39,9 +39,11 @@ void combine(const RowTable& rows, const double* weights, const std::uintptr_t* 
     const double* w = weights + static_cast<std::int64_t>(chunk.group) * rows.num_tasks;
     for (std::int64_t s = chunk.first_segment; s < chunk.first_segment + chunk.num_segments; ++s) {
       const Segment& segment = plan.segments[s];
-      const std::uintptr_t to = out[segment.param];
-      if (to != 0)
-        isa.combine_segment(rows, segment, w, reinterpret_cast<void*>(to), past_cache[segment.param]);
+      const std::int64_t p = segment.param;
+      if (out.pointers[p] == 0) continue;
+      isa.combine_segment(
+          rows, segment, w,
+          {reinterpret_cast<void*>(out.pointers[p]), out.dtypes[p], out.accumulate, past_cache[p] != 0});
     }
   });
 }

@@ -1,7 +1,8 @@
 // The weighted sum of the rows over one segment of columns, on one thread.
 //
 // Up to eight rows are read side by side in one pass; more rows take several passes over a block of columns
-// whose sums stay in the first-level cache. Sums are double and rounded once, when they are written.
+// whose sums stay in the first-level cache, and so does any number of them into another dtype or on top of
+// what is there. Sums are double and rounded once, when they are written.
 #include "kernels.h"
 #include "simd.h"
 
@@ -82,9 +83,73 @@ void combine(int num_rows, const T** rows, const double* weights, std::int64_t n
   }
 }
 
+template <class Out, bool kAccumulate, bool kPastCache>
+void write(const double* sums, std::int64_t n, Out* out) {
+  std::int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    const Vec sum = load(sums + c);
+    if (kPastCache)
+      stream(out + c, sum);
+    else
+      store(out + c, kAccumulate ? sum + load(out + c) : sum);
+  }
+  if (c < n) {
+    const Vec sum = load_part(sums + c, n - c);
+    store_part(out + c, kAccumulate ? sum + load_part(out + c, n - c) : sum, n - c);
+  }
+}
+
+// The same by way of sums in the first-level cache, whatever the dtype of the output.
+template <class T, class Out, bool kAccumulate, bool kPastCache>
+void combine_by_sums(int num_rows, const T** rows, const double* weights, std::int64_t n, Out* out) {
+  alignas(kCacheLine) double sums[kBlock];
+  for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+    const std::int64_t columns = n - begin < kBlock ? n - begin : kBlock;
+    pass<T, true, false, false>(num_rows < kPassRows ? num_rows : kPassRows, rows, weights, columns, sums,
+                                static_cast<T*>(nullptr));
+    for (int r = kPassRows; r < num_rows; r += kPassRows)
+      pass<T, false, false, false>(num_rows - r < kPassRows ? num_rows - r : kPassRows, rows + r, weights + r,
+                                   columns, sums, static_cast<T*>(nullptr));
+    write<Out, kAccumulate, kPastCache>(sums, columns, out + begin);
+    for (int i = 0; i < num_rows; ++i) rows[i] += columns;
+  }
+}
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+template <bool kPastCache, class T, class Out>
+void write_combination(int num_rows, const T** rows, const double* weights, std::int64_t n, Out* out) {
+  if constexpr (kSame<T, Out>)
+    combine<T, kPastCache>(num_rows, rows, weights, n, out);
+  else
+    combine_by_sums<T, Out, false, kPastCache>(num_rows, rows, weights, n, out);
+}
+
+template <class T, class Out>
+void combine(int num_rows, const T** rows, const double* w, std::int64_t n, Out* to, const Target& target) {
+  if (target.accumulate) return combine_by_sums<T, Out, true, false>(num_rows, rows, w, n, to);
+  // Stores past the cache need whole aligned lines.
+  const std::uintptr_t misaligned = reinterpret_cast<std::uintptr_t>(to) % kCacheLine;
+  if (!target.past_cache || misaligned % sizeof(Out) != 0)
+    return write_combination<false>(num_rows, rows, w, n, to);
+  std::int64_t head =
+      misaligned == 0 ? 0 : static_cast<std::int64_t>((kCacheLine - misaligned) / sizeof(Out));
+  if (head > n) head = n;
+  if (head > 0) {
+    const T* start[kMaxTasks];
+    for (int i = 0; i < num_rows; ++i) start[i] = rows[i];
+    write_combination<false>(num_rows, start, w, head, to);
+    for (int i = 0; i < num_rows; ++i) rows[i] += head;
+  }
+  write_combination<true>(num_rows, rows, w, n - head, to + head);
+  stream_fence();
+}
+
 template <class T>
-void combine(const RowTable& table, const Segment& segment, const double* weights, void* out,
-             bool past_cache) {
+void combine(const RowTable& table, const Segment& segment, const double* weights, const Target& target) {
   const T* rows[kMaxTasks];
   double w[kMaxTasks];
   int num_rows = 0;
@@ -95,36 +160,34 @@ void combine(const RowTable& table, const Segment& segment, const double* weight
     w[num_rows++] = weights[k];
   }
   if (num_rows == 0) return;
-  T* to = static_cast<T*>(out) + segment.begin;
-  std::int64_t n = segment.length;
-  // Stores past the cache need whole aligned lines.
-  const std::uintptr_t misaligned = reinterpret_cast<std::uintptr_t>(to) % kCacheLine;
-  if (!past_cache || misaligned % sizeof(T) != 0) return combine<T, false>(num_rows, rows, w, n, to);
-  std::int64_t head = misaligned == 0 ? 0 : static_cast<std::int64_t>((kCacheLine - misaligned) / sizeof(T));
-  if (head > n) head = n;
-  if (head > 0) {
-    const T* start[kMaxTasks];
-    for (int i = 0; i < num_rows; ++i) start[i] = rows[i];
-    combine<T, false>(num_rows, start, w, head, to);
-    for (int i = 0; i < num_rows; ++i) rows[i] += head;
+  const auto into = [&](auto* out) {
+    combine(num_rows, rows, w, segment.length, out + segment.begin, target);
+  };
+  switch (target.dtype) {
+    case DType::kFloat32:
+      return into(static_cast<float*>(target.out));
+    case DType::kFloat64:
+      return into(static_cast<double*>(target.out));
+    case DType::kBFloat16:
+      return into(static_cast<BFloat16*>(target.out));
+    case DType::kFloat16:
+      return into(static_cast<Float16*>(target.out));
   }
-  combine<T, true>(num_rows, rows, w, n - head, to + head);
-  stream_fence();
 }
 
 }  // namespace
 
-void combine_segment(const RowTable& rows, const Segment& segment, const double* weights, void* out,
-                     bool past_cache) {
+void combine_segment(const RowTable& rows, const Segment& segment, const double* weights,
+                     const Target& target) {
   switch (rows.dtypes[segment.param]) {
     case DType::kFloat32:
-      return combine<float>(rows, segment, weights, out, past_cache);
+      return combine<float>(rows, segment, weights, target);
     case DType::kFloat64:
-      return combine<double>(rows, segment, weights, out, past_cache);
+      return combine<double>(rows, segment, weights, target);
     case DType::kBFloat16:
-      return combine<BFloat16>(rows, segment, weights, out, past_cache);
+      return combine<BFloat16>(rows, segment, weights, target);
     case DType::kFloat16:
-      return combine<Float16>(rows, segment, weights, out, past_cache);
+      return combine<Float16>(rows, segment, weights, target);
   }
 }
 

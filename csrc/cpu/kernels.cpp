@@ -5,8 +5,8 @@ namespace mtl::cpu::MTL_ISA {
 std::size_t gram_scratch(int num_tasks);
 void gram_chunk(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,
                 double* scratch, double* partial);
-void combine_segment(const RowTable& rows, const Segment& segment, const double* weights, void* out,
-                     bool past_cache);
+void combine_segment(const RowTable& rows, const Segment& segment, const double* weights,
+                     const Target& target);
 
 #define MTL_STRING_(x) #x
 #define MTL_STRING(x) MTL_STRING_(x)

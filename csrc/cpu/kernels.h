@@ -10,6 +10,14 @@ namespace mtl::cpu {
 
 constexpr std::size_t kCacheLine = 64;
 
+// Where the combination of one parameter goes.
+struct Target {
+  void* out;
+  DType dtype;
+  bool accumulate;  // add to what is there
+  bool past_cache;  // store around the caches; neither where out is one of the rows nor to accumulate
+};
+
 struct Kernels {
   const char* name;
 
@@ -20,10 +28,9 @@ struct Kernels {
   // line.
   void (*gram_chunk)(const RowTable& rows, const Segment* segments, std::int64_t num_segments, bool in_float,
                      double* scratch, double* partial);
-  // Writes sum_k weights[k] * row k over the segment's columns to out. `past_cache` stores around the caches;
-  // never where out is one of the rows.
-  void (*combine_segment)(const RowTable& rows, const Segment& segment, const double* weights, void* out,
-                          bool past_cache);
+  // Writes or adds sum_k weights[k] * row k over the segment's columns to the target.
+  void (*combine_segment)(const RowTable& rows, const Segment& segment, const double* weights,
+                          const Target& target);
 };
 
 namespace baseline {

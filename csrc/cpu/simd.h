@@ -66,6 +66,12 @@ inline void store(double* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 inline VecF load_floats(const float* p) { return *reinterpret_cast<const LooseVecF*>(p); }
 inline void store(float* p, VecF v) { *reinterpret_cast<LooseVecF*>(p) = v; }
 
+// A double becomes 16 bits by way of a float, and is still rounded once: where the float lies halfway between
+// two 16-bit numbers, the one rounded to odd takes its place, towards zero and with what was cut off marked
+// in the last bit. bfloat16 is a float's upper half; a float16 may be subnormal, so for it the mask leaves
+// out some bits, and finds numbers that are not halfway as well.
+constexpr int kHalfwayBFloat16 = 0x8000, kMaybeHalfwayFloat16 = 0x0fff;
+
 #if defined(__AVX512F__)
 
 inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
@@ -83,10 +89,34 @@ inline VecF load_floats(const BFloat16* p) {
 inline VecF load_floats(const Float16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline __m256 to_odd_floats(Vec v) {
+  const __m256 cut = _mm512_cvt_roundpd_ps(v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+  const __mmask8 inexact = _mm512_cmp_pd_mask(_mm512_cvtps_pd(cut), v, _CMP_NEQ_OQ);
+  const __m256i bits = _mm256_castps_si256(cut);
+  return _mm256_castsi256_ps(_mm256_mask_or_epi32(bits, inexact, bits, _mm256_set1_epi32(1)));
+}
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 inline void store(Float16* p, Vec v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(_mm512_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
+  __m256 x = _mm512_cvtpd_ps(v);
+  const __m256i bits = _mm256_castps_si256(x);
+  if ((_mm256_testn_epi32_mask(bits, _mm256_set1_epi32(kMaybeHalfwayFloat16)) &
+       _mm256_test_epi32_mask(bits, _mm256_set1_epi32(0x7fffffff))) != 0)
+    x = to_odd_floats(v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Vec v) {
+  __m256 x = _mm512_cvtpd_ps(v);
+  __m256i bits = _mm256_castps_si256(x);
+  if (_mm256_cmpeq_epi32_mask(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff)),
+                              _mm256_set1_epi32(kHalfwayBFloat16)) != 0) {
+    x = to_odd_floats(v);
+    bits = _mm256_castps_si256(x);
+  }
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi32_epi16(_mm256_srli_epi32(rounded, 16)));
 }
 // Past the caches; p must be aligned to the size of what is written.
 inline void stream(double* p, Vec v) { _mm512_stream_pd(p, v); }
@@ -110,10 +140,43 @@ inline VecF load_floats(const BFloat16* p) {
 inline VecF load_floats(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// The lower half of each lane of a mask.
+inline __m128i narrow_mask(__m256d mask) {
+  const __m128 low = _mm_castpd_ps(_mm256_castpd256_pd128(mask));
+  const __m128 high = _mm_castpd_ps(_mm256_extractf128_pd(mask, 1));
+  return _mm_castps_si128(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
+}
+inline __m128 to_odd_floats(Vec v) {
+  const __m128 nearest = _mm256_cvtpd_ps(v);
+  const __m256d back = _mm256_cvtps_pd(nearest), sign = _mm256_set1_pd(-0.0);
+  const __m128i inexact = narrow_mask(_mm256_cmp_pd(back, v, _CMP_NEQ_OQ));
+  const __m128i away =
+      narrow_mask(_mm256_cmp_pd(_mm256_andnot_pd(sign, back), _mm256_andnot_pd(sign, v), _CMP_GT_OQ));
+  const __m128i bits = _mm_add_epi32(_mm_castps_si128(nearest), away);
+  return _mm_castsi128_ps(_mm_or_si128(bits, _mm_srli_epi32(inexact, 31)));
+}
 inline void store(float* p, Vec v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 inline void store(Float16* p, Vec v) {
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
-                   _mm_cvtps_ph(_mm256_cvtpd_ps(v), _MM_FROUND_TO_NEAREST_INT));
+  __m128 x = _mm256_cvtpd_ps(v);
+  const __m128i low = _mm_and_si128(_mm_castps_si128(x), _mm_set1_epi32(kMaybeHalfwayFloat16));
+  const __m128 maybe = _mm_castsi128_ps(_mm_cmpeq_epi32(low, _mm_setzero_si128()));
+  if (_mm_movemask_ps(_mm_and_ps(maybe, _mm_cmpneq_ps(x, _mm_setzero_ps()))) != 0) x = to_odd_floats(v);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Vec v) {
+  __m128 x = _mm256_cvtpd_ps(v);
+  __m128i bits = _mm_castps_si128(x);
+  if (_mm_movemask_epi8(_mm_cmpeq_epi32(_mm_and_si128(bits, _mm_set1_epi32(0xffff)),
+                                        _mm_set1_epi32(kHalfwayBFloat16))) != 0) {
+    x = to_odd_floats(v);
+    bits = _mm_castps_si128(x);
+  }
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  __m128i rounded = _mm_add_epi32(bits, _mm_add_epi32(odd, _mm_set1_epi32(0x7fff)));
+  const __m128i quiet = _mm_or_si128(bits, _mm_set1_epi32(0x00400000));
+  rounded =
+      _mm_srli_epi32(_mm_blendv_epi8(rounded, quiet, _mm_castps_si128(_mm_cmp_ps(x, x, _CMP_UNORD_Q))), 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(rounded, rounded));
 }
 inline void stream(double* p, Vec v) { _mm256_stream_pd(p, v); }
 inline void stream(float* p, Vec v) { _mm_stream_ps(p, _mm256_cvtpd_ps(v)); }
@@ -146,6 +209,22 @@ inline std::uint16_t float_to_half(float value) {
   return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+// To nearest even; a NaN stays one.
+inline std::uint16_t float_to_bfloat16(float value) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline float to_odd_float(double x) {
+  const float nearest = static_cast<float>(x);
+  const double back = nearest;
+  std::uint32_t bits = bit_cast<std::uint32_t>(nearest);
+  if (__builtin_fabs(back) > __builtin_fabs(x)) bits -= 1;
+  if (back < x || back > x) bits |= 1;
+  return bit_cast<float>(bits);
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) { return half_to_float(x.bits); }
@@ -166,7 +245,18 @@ inline void store(float* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<float>(v[i]);
 }
 inline void store(Float16* p, Vec v) {
-  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(static_cast<float>(v[i]));
+  for (int i = 0; i < kLanes; ++i) {
+    const float x = static_cast<float>(v[i]);
+    const bool maybe = (bit_cast<std::uint32_t>(x) & kMaybeHalfwayFloat16) == 0 && x != 0;
+    p[i].bits = float_to_half(maybe ? to_odd_float(v[i]) : x);
+  }
+}
+inline void store(BFloat16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) {
+    const float x = static_cast<float>(v[i]);
+    const bool halfway = (bit_cast<std::uint32_t>(x) & 0xffffu) == kHalfwayBFloat16;
+    p[i].bits = float_to_bfloat16(halfway ? to_odd_float(v[i]) : x);
+  }
 }
 inline void stream(double* p, Vec v) { store(p, v); }
 inline void stream(float* p, Vec v) { store(p, v); }
@@ -174,24 +264,6 @@ inline void stream_fence() {}
 
 #endif
 
-inline std::uint16_t float_to_bfloat16(float value) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-inline void store(BFloat16* p, Vec v) {
-#if defined(__AVX512BW__)
-  const __m256 x = _mm512_cvtpd_ps(v);
-  const __m256i bits = _mm256_castps_si256(x);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-  rounded = _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtepi32_epi16(_mm256_srli_epi32(rounded, 16)));
-#else
-  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_bfloat16(static_cast<float>(v[i]));
-#endif
-}
 inline void stream(BFloat16* p, Vec v) { store(p, v); }
 inline void stream(Float16* p, Vec v) { store(p, v); }
 

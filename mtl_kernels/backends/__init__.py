@@ -31,9 +31,17 @@ class Backend(Protocol):
         """Writes the Gram matrix of each group to ``out``, zeroed float64 ``[S, K, K]``."""
 
     def combine_into(
-        self, table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
+        self,
+        table: RowTable,
+        weights: Tensor,
+        groups: Sequence[int],
+        out: Sequence[Tensor | None],
+        accumulate: bool = False,
     ) -> None:
-        """Writes sum_k weights[group, k] * rows[k][p] to ``out[p]``; weights contiguous float64 ``[S, K]``."""
+        """Writes sum_k weights[group, k] * rows[k][p] to ``out[p]``; weights contiguous float64 ``[S, K]``.
+
+        Summed in float64, with ``accumulate`` also with what ``out[p]`` held, and rounded once to its dtype.
+        """
 
     def solve(
         self,
@@ -79,11 +87,11 @@ class FusedBackend(Backend, Protocol):
         weights: Tensor,
         groups: Sequence[int],
         out: Sequence[Tensor | None],
+        accumulate: bool = False,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        accumulate: bool = False,
     ) -> None:
-        """As `Backend.combine_into`, with the epilogues of `mtl_kernels.combine`; ``scale`` is float64 ``[1]``."""
+        """As `Backend.combine_into`, with all epilogues of `mtl_kernels.combine`; ``scale`` is float64 ``[1]``."""
 
 
 def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:

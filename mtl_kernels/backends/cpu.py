@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import RowTable
+from ..rows import DTYPE_CODES, RowTable
 
 _cpu: Any = None
 _reason: str | None = None
@@ -53,7 +53,12 @@ class CpuBackend:
         )
 
     def combine_into(
-        self, table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
+        self,
+        table: RowTable,
+        weights: Tensor,
+        groups: Sequence[int],
+        out: Sequence[Tensor | None],
+        accumulate: bool = False,
     ) -> None:
         _cpu.combine(
             table.pointers,
@@ -63,6 +68,8 @@ class CpuBackend:
             table.num_tasks,
             weights.data_ptr(),
             [0 if tensor is None else tensor.data_ptr() for tensor in out],
+            [0 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out],
+            accumulate,
             torch.get_num_threads(),
         )
 

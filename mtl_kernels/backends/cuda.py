@@ -176,9 +176,9 @@ class CudaBackend:
         weights: Tensor,
         groups: Sequence[int],
         out: Sequence[Tensor | None],
+        accumulate: bool = False,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-        accumulate: bool = False,
     ) -> None:
         stream, handle = self._stream(table.device)
         outputs = [-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out]

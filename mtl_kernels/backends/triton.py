@@ -78,10 +78,15 @@ class TritonBackend:
             _kernels("gram").gram_into(table, groups, out)
 
     def combine_into(
-        self, table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]
+        self,
+        table: RowTable,
+        weights: Tensor,
+        groups: Sequence[int],
+        out: Sequence[Tensor | None],
+        accumulate: bool = False,
     ) -> None:
         with _on(table.device):
-            _kernels("combine").combine_into(table, weights, groups, out)
+            _kernels("combine").combine_into(table, weights, groups, out, accumulate)
 
     def solve(
         self,

@@ -1,4 +1,4 @@
-"""The weighted sum of the rows, one launch per dtype."""
+"""The weighted sum of the rows, one launch per pair of dtypes: the rows' and the output's."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rows import ITEMSIZES, RowTable
+from ..rows import DTYPE_CODES, ITEMSIZES, RowTable
 from . import tables
 from .common import bound, narrow, row_pointers, widen
 
@@ -32,14 +32,25 @@ def configuration(num_tasks: int) -> Configuration:
     return Configuration(2 if num_tasks <= 2 else 4 if num_tasks <= 4 else 8, 1024, 256, 4)
 
 
-def combine_into(table: RowTable, weights: Tensor, groups: Sequence[int], out: Sequence[Tensor | None]) -> None:
-    """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]``; weights float64 ``[S, K]``."""
-    work = tables.work(table, table.codes, groups, MAX_CHUNKS)
+def combine_into(
+    table: RowTable,
+    weights: Tensor,
+    groups: Sequence[int],
+    out: Sequence[Tensor | None],
+    accumulate: bool = False,
+) -> None:
+    """Writes sum_k weights[groups[p], k] * rows[k][p] to ``out[p]``, or adds it; weights float64 ``[S, K]``."""
+    pairs = [
+        len(ITEMSIZES) * code + (code if tensor is None else DTYPE_CODES[tensor.dtype])
+        for code, tensor in zip(table.codes, out, strict=True)
+    ]
+    work = tables.work(table, pairs, groups, MAX_CHUNKS)
     if not work.launches:
         return
     pointers = tables.pointers(table, out)
     shape = configuration(table.num_tasks)
     for launch in work.launches:
+        code, out_code = divmod(launch.code, len(ITEMSIZES))
         _combine_kernel[(launch.num_chunks,)](
             pointers,
             weights,
@@ -47,16 +58,22 @@ def combine_into(table: RowTable, weights: Tensor, groups: Sequence[int], out: S
             launch.chunks,
             table.num_tasks,
             table.num_params,
-            **constants(shape, launch.code),
+            **constants(shape, code, out_code, accumulate),
             num_warps=shape.warps,
         )
 
 
-def constants(shape: Configuration, code: int) -> dict[str, int]:
-    """What the kernel is compiled for."""
+def constants(
+    shape: Configuration, code: int, out_code: int | None = None, accumulate: bool = False
+) -> dict[str, int | bool]:
+    """What the kernel is compiled for; the output has the dtype of the rows where ``out_code`` is None."""
+    out_code = code if out_code is None else out_code
     return {
         "CODE": code,
         "ITEMSIZE": ITEMSIZES[code],
+        "OUT_CODE": out_code,
+        "OUT_ITEMSIZE": ITEMSIZES[out_code],
+        "ACCUMULATE": accumulate,
         "UNROLL": shape.unroll,
         "BLOCK": shape.block,
         "TAIL": shape.tail,
@@ -73,6 +90,9 @@ def _combine_kernel(
     num_params,
     CODE: tl.constexpr,
     ITEMSIZE: tl.constexpr,
+    OUT_CODE: tl.constexpr,
+    OUT_ITEMSIZE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
@@ -84,12 +104,13 @@ def _combine_kernel(
     entry = tl.arange(0, 256)  # K + 1 of them
     for segment in range(bound(first), bound(last)):
         column = pointers + tl.load(segments + 4 * segment)
-        begin = tl.load(segments + 4 * segment + 1) * ITEMSIZE
+        first_column = tl.load(segments + 4 * segment + 1)
+        begin = first_column * ITEMSIZE
         length = tl.load(segments + 4 * segment + 2).to(tl.int32)
         own_weights = weights + tl.load(segments + 4 * segment + 3) * num_tasks
         addresses = tl.load(column + entry * num_params, mask=entry <= num_tasks, other=0)
         aligned = tl.where(tl.max(addresses & 15, axis=0) == 0, length // BLOCK * BLOCK, 0)
-        out = tl.load(column + num_tasks * num_params) + begin
+        out = tl.load(column + num_tasks * num_params) + first_column * OUT_ITEMSIZE
         for start in range(0, bound(aligned), BLOCK):
             columns = start + tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float64)
@@ -98,7 +119,10 @@ def _combine_kernel(
                     address, weight = _row(column, own_weights, task + row, num_tasks, num_params)
                     elements = tl.load(row_pointers(address + begin, CODE, True) + columns, mask=address != 0, other=0)
                     total += weight * widen(elements, CODE)
-            tl.store(row_pointers(out, CODE, True) + columns, narrow(total, CODE))
+            target = row_pointers(out, OUT_CODE, True) + columns
+            if ACCUMULATE:
+                total += widen(tl.load(target), OUT_CODE)
+            tl.store(target, narrow(total, OUT_CODE))
         for start in range(bound(aligned), bound(length), TAIL):
             columns = start + tl.arange(0, TAIL)
             inside = columns < length
@@ -110,7 +134,10 @@ def _combine_kernel(
                         row_pointers(address + begin, CODE, False) + columns, mask=inside & (address != 0), other=0
                     )
                     total += weight * widen(elements, CODE)
-            tl.store(row_pointers(out, CODE, False) + columns, narrow(total, CODE), mask=inside)
+            target = row_pointers(out, OUT_CODE, False) + columns
+            if ACCUMULATE:
+                total += widen(tl.load(target, mask=inside, other=0), OUT_CODE)
+            tl.store(target, narrow(total, OUT_CODE), mask=inside)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from exact import make_rows
 from placement import rng_state
 
 import mtl_kernels as mk
+from mtl_kernels.backends import BACKENDS, reference
 
 SHAPES = [(37, 5), (8,), (3, 3, 3), (257,), (1,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -102,6 +103,90 @@ def test_rounds_once(backend: str) -> None:
     out = torch.empty(1, dtype=torch.bfloat16)
     mk.combine(matrix, torch.ones(3), out=out, backend=backend)
     assert out.item() == 1 + 2.0**-7
+
+
+def exact_sums(num_tasks: int, size: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and weights whose sums are exact in float64, halfway between two 16-bit numbers or just beside it."""
+    rows = torch.randint(-63, 64, (num_tasks, size)).to(dtype)
+    weights = 1 + 2.0 ** -torch.randint(8, 12, (num_tasks,)).double()
+    rows[-1] = torch.randint(-1, 2, (size,)).to(dtype)
+    weights[-1] = 2.0**-35
+    return rows, weights
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("rows_dtype", DTYPES)
+@pytest.mark.parametrize("num_tasks", [2, 3, 11])
+def test_the_same_bits_as_the_reference(
+    implementation: str, num_tasks: int, rows_dtype: torch.dtype, accumulate: bool
+) -> None:
+    check_same_bits(implementation, num_tasks, 1541, rows_dtype, accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("rows_dtype", DTYPES)
+def test_the_same_bits_as_the_reference_from_triton(backend: str, rows_dtype: torch.dtype, accumulate: bool) -> None:
+    if backend == "triton":
+        check_same_bits(backend, 3, 1300, rows_dtype, accumulate)
+
+
+def check_same_bits(backend: str, num_tasks: int, size: int, rows_dtype: torch.dtype, accumulate: bool) -> None:
+    rows, weights = exact_sums(num_tasks, size, rows_dtype)
+    for out_dtype in DTYPES:
+        before = torch.randint(-63, 64, (size,)).to(out_dtype)
+        found, expected = before.clone(), before.clone()
+        mk.combine(rows, weights, out=found, accumulate=accumulate, backend=backend)
+        mk.combine(rows, weights, out=expected, accumulate=accumulate, backend="reference")
+        assert torch.equal(found, expected), out_dtype
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_long_outputs_that_start_anywhere(implementation: str, out_dtype: torch.dtype) -> None:
+    """Past the cache, where the CPU's kernels write whole lines."""
+    size = (5 << 20) // out_dtype.itemsize
+    rows, weights = exact_sums(3, size, torch.float32 if out_dtype is torch.float64 else torch.bfloat16)
+    memory = torch.full((size + 64,), 7.0, dtype=out_dtype)
+    for offset in (0, 3):
+        memory.fill_(7)
+        mk.combine(rows, weights, out=memory[offset : offset + size], backend=implementation)
+        total = weights @ rows.double()
+        torch.testing.assert_close(memory[offset : offset + size].double(), total, rtol=2.0**-7, atol=2.0**-7)
+        assert (memory[:offset] == 7).all() and (memory[offset + size :] == 7).all()
+
+
+def test_a_backend_asked_for_computes_it_itself(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "reference":
+        pytest.skip("about the others")
+
+    def fail(*arguments: object) -> None:
+        pytest.fail("ran the reference")
+
+    monkeypatch.setattr(BACKENDS["reference"], "combine_into", fail)
+    monkeypatch.setattr(reference, "combine_into", fail)
+    rows, flag = torch.ones(2, 3), torch.zeros(1)
+    for dtype in DTYPES:
+        out = torch.ones(3, dtype=dtype)
+        for accumulate, expected in ((False, 3), (True, 6)):
+            mk.combine(
+                rows, torch.ones(2), out=out, scale=torch.full((1,), 1.5), found_inf=flag, accumulate=accumulate,
+                backend=backend,
+            )  # fmt: skip
+            assert out.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(("solver", "number"), [("pcgrad", 2), ("min_norm", 3)])
+def test_the_number_of_options(backend: str, solver: str, number: int) -> None:
+    for wrong in (0, number - 1, number + 1):
+        message = f"solver '{solver}' takes {number} options, found {wrong}"
+        with pytest.raises(ValueError, match=message):
+            mk.ops.solve(solver, torch.eye(2, dtype=torch.float64), options=(0.0,) * wrong, backend=backend)
+        with pytest.raises(ValueError, match=message):
+            mk.gram_solve(torch.ones(2, 3), solver, options=(0.0,) * wrong, backend=backend)
+
+
+def test_a_random_order_needs_a_state(backend: str) -> None:
+    with pytest.raises(ValueError, match="solver 'pcgrad' needs an rng state with these options"):
+        mk.gram_solve(torch.ones(2, 3), "pcgrad", options=(1.0, 0.0), backend=backend)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1.0])

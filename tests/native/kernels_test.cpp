@@ -1,5 +1,5 @@
 // The CPU kernels of every instruction set against sums in double: K from 1 to 128, every dtype, absent rows,
-// groups, odd lengths, rows that start anywhere, outputs in place.
+// groups, odd lengths, rows that start anywhere, outputs in place, of another dtype or added to.
 #include "kernels.h"
 
 #include <cmath>
@@ -93,7 +93,8 @@ bool check(int K) {
   const int P = draw(6), num_groups = 1 + draw(3);
   Memory memory;
   std::vector<std::int64_t> numels(P);
-  std::vector<DType> dtypes(P);
+  std::vector<DType> dtypes(P), out_dtypes(P);
+  const bool accumulate = draw(3) == 0;
   std::vector<std::int32_t> groups(P);
   std::vector<std::uintptr_t> pointers(K * P), out(P);
   const int longest[] = {4, 100, 1000, K > 24 ? 5000 : 40000};
@@ -107,7 +108,9 @@ bool check(int K) {
       pointers[k * P + p] = memory.add(dtypes[p], numels[p]);
       reached = true;
     }
-    out[p] = draw(2) == 0 ? pointers[draw(K) * P + p] : memory.add(dtypes[p], numels[p]);
+    const bool in_place = !accumulate && draw(2) == 0;
+    out_dtypes[p] = in_place || draw(2) == 0 ? dtypes[p] : static_cast<DType>(draw(4));
+    out[p] = in_place ? pointers[draw(K) * P + p] : memory.add(out_dtypes[p], numels[p]);
     if (!reached) out[p] = 0;
   }
   const RowTable rows{K, P, pointers.data(), numels.data(), dtypes.data(), groups.data()};
@@ -117,6 +120,9 @@ bool check(int K) {
   std::vector<std::vector<double>> exact_out(P);
   for (int p = 0; p < P; ++p) {
     exact_out[p].assign(numels[p], 0);
+    for (std::int64_t i = 0; accumulate && out[p] != 0 && i < numels[p]; ++i)
+      exact_out[p][i] =
+          get(out_dtypes[p], reinterpret_cast<const char*>(out[p]) + i * item_size(out_dtypes[p]));
     std::vector<int> task;
     std::vector<std::vector<double>> value;
     for (int k = 0; k < K; ++k) {
@@ -140,14 +146,14 @@ bool check(int K) {
   // Every product and every sum of these values is exact, in float as in double.
   cpu::gram(rows, num_groups, gram.data(), 3);
   if (gram != exact_gram) return false;
-  cpu::combine(rows, weights.data(), out.data(), 3);
+  cpu::combine(rows, weights.data(), {out.data(), out_dtypes.data(), accumulate}, 3);
   for (int p = 0; p < P; ++p) {
     const double epsilon[] = {0x1p-24, 0, 0x1p-8, 0x1p-11};
+    const DType dtype = out_dtypes[p];
     const auto* written = reinterpret_cast<const char*>(out[p]);
     for (std::int64_t i = 0; written != nullptr && i < numels[p]; ++i) {
-      const double found = get(dtypes[p], written + i * item_size(dtypes[p]));
-      if (std::fabs(found - exact_out[p][i]) >
-          epsilon[static_cast<int>(dtypes[p])] * std::fabs(exact_out[p][i]))
+      const double found = get(dtype, written + i * item_size(dtype));
+      if (std::fabs(found - exact_out[p][i]) > epsilon[static_cast<int>(dtype)] * std::fabs(exact_out[p][i]))
         return false;
     }
   }
