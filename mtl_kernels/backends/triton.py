@@ -11,7 +11,9 @@ import importlib
 import importlib.util
 import math
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..rows import RowTable
 from . import reference
 
 _SOLVERS = ("pcgrad", "min_norm")
+_OLDEST_NVIDIA = (7, 0)
 
 
 @functools.cache
@@ -32,15 +35,35 @@ def _kernels(name: str) -> Any:
 @functools.cache
 def _import_error() -> str | None:
     try:
-        _kernels("common")
+        for name in ("common", "gram", "combine", *_SOLVERS):
+            _kernels(name)
     except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return (
-            "the package triton is not installed; pip install triton (it is part of the GPU builds of torch for Linux)"
-        )
-    except ImportError as error:
-        return f"the package triton does not load ({error}); reinstall it"
+        if error.name == "triton":
+            return (
+                "the package triton is not installed; pip install triton (it is part of the GPU builds of torch for "
+                "Linux)"
+            )
+        return f"the package triton does not load ({error}); install what it misses, or reinstall it"
+    except Exception as error:  # whatever the body of a module raises: a broken triton stops no other backend
+        return f"the package triton does not load ({type(error).__name__}: {error}); reinstall it"
+    return None
+
+
+def _missing_compiler() -> str | None:
+    """None if what Triton compiles its launchers with, when a kernel first runs, is there; looked for as it does."""
+    knobs = getattr(importlib.import_module("triton"), "knobs", None)  # since Triton 3.4
+    if os.name != "posix" or (knobs is not None and knobs.build.impl is not None):
+        return None
+    needs = "triton compiles its launchers with a C compiler when a kernel first runs"
+    named = os.environ.get("CC")
+    if named is not None and shutil.which(named) is None:
+        return f"{needs}, and CC names {named!r}, which is not there; set it to a compiler, without options"
+    if named is None and shutil.which("gcc") is None and shutil.which("clang") is None:
+        return f"{needs}, and there is none; install gcc or clang, or set CC to one"
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    if not os.path.exists(os.path.join(headers, "Python.h")):
+        return f"{needs}, and it needs Python.h in {headers}; install Python's headers (python3-dev)"
     return None
 
 
@@ -61,13 +84,21 @@ class TritonBackend:
             return no_gpu
         if (reason := _import_error()) is not None:
             return reason
-        return None if _kernels("common").INTERPRETED or torch.cuda.is_available() else no_gpu
+        if _kernels("common").INTERPRETED:
+            return None
+        return _missing_compiler() if torch.cuda.is_available() else no_gpu
 
     def refusal(self, device: torch.device) -> str | None:
         expected = "cpu" if _kernels("common").INTERPRETED else "cuda"
-        if device.type == expected:
-            return None
-        return f"it runs on {expected} tensors" + (" in the interpreter" if expected == "cpu" else "")
+        if device.type != expected:
+            return f"it runs on {expected} tensors" + (" in the interpreter" if expected == "cpu" else "")
+        if expected == "cuda" and torch.version.hip is None:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _OLDEST_NVIDIA:
+                return "triton needs compute capability {}.{} or newer, this GPU has {}.{}".format(
+                    *_OLDEST_NVIDIA, *capability
+                )
+        return None
 
     def automatic_on(self, device: torch.device) -> bool:
         """Never the interpreter, which is there to be asked for by name."""
