@@ -14,7 +14,6 @@
 // cyclically, so that all warps do alike; of two bands that lie half the circle apart each takes the product
 // in every other step. Warps beyond kBands work on further columns.
 #include <cfloat>
-#include <climits>
 
 #include "absent.h"
 #include "elements.h"
@@ -79,12 +78,16 @@ class Copier {
   __device__ int stride() const { return stride_; }
   __device__ int end_tile() const { return end_tile_; }
 
-  // Goes to the first stage of `tile`, or to the one with which `left` bytes are to come.
-  __device__ void go_to(int tile, int left = kWholeTile) {
+  // Goes to the first stage of `tile`.
+  __device__ void go_to(int tile) {
     tile_ = tile;
+    if (!done()) enter_tile();
+  }
+  // Goes to the stage of `tile` with which `left` bytes are to come.
+  __device__ void go_to(int tile, int left) {
+    go_to(tile);
     if (done()) return;
-    enter_tile();
-    const int skipped = left == kWholeTile ? 0 : left_ - left;
+    const int skipped = left_ - left;
 #pragma unroll
     for (int i = 0; i < S::kChunks; ++i)
       if (from_[i] != nullptr) from_[i] += skipped;
@@ -113,7 +116,6 @@ class Copier {
   }
 
  private:
-  static constexpr int kWholeTile = INT_MIN;
   static constexpr int kRowStep = S::kThreads / S::kChunksPerRow;
 
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / S::kChunksPerRow; }
