@@ -5,18 +5,17 @@
 
 #include <cfloat>
 
-#include "block_team.h"
 #include "elements.h"
 #include "gram_args.h"
-#include "walk.h"
+#include "teams.h"
 
 namespace mtl::cuda {
 
-// Whether some row is absent from some span of the slice.
+// Whether some row is absent from some tile of the slice.
 __device__ inline bool has_absent_rows(const GramArgs& args, const Slice& slice) {
   bool absent = false;
-  for (std::int64_t s = 0; s < slice.num_spans; ++s) {
-    const std::int64_t param = args.spans[slice.first_span + s].param;
+  for (std::int64_t tile = slice.first_tile; tile < slice.end_tile; tile += slice.stride) {
+    const std::int64_t param = args.tiles[tile].param;
     for (int k = static_cast<int>(threadIdx.x); k < args.num_tasks; k += static_cast<int>(blockDim.x))
       absent = absent || args.pointers[k * args.num_params + param] == 0;
   }
@@ -27,17 +26,13 @@ __device__ inline bool has_absent_rows(const GramArgs& args, const Slice& slice)
 template <class T>
 __device__ __noinline__ double pair_sum(const GramArgs& args, const Slice& slice, int i, int j) {
   double sum = 0.0;
-  Walk walk(args.spans + slice.first_span, static_cast<int>(slice.num_spans), -1);
-  for (std::int64_t tile = slice.first_tile; tile < slice.num_tiles; tile += slice.stride) {
-    walk.seek(tile);
-    const Span& span = walk.span();
-    const std::uintptr_t a = args.pointers[i * args.num_params + span.param];
-    const std::uintptr_t b = args.pointers[j * args.num_params + span.param];
+  for (std::int64_t number = slice.first_tile; number < slice.end_tile; number += slice.stride) {
+    const Tile tile = args.tiles[number];
+    const std::uintptr_t a = args.pointers[i * args.num_params + tile.param];
+    const std::uintptr_t b = args.pointers[j * args.num_params + tile.param];
     if (a == 0 || b == 0) continue;
-    const std::int64_t begin = (tile - span.first_tile) * args.tile_columns;
-    const std::int64_t left = span.columns - begin;
-    const std::int64_t end = begin + (left < args.tile_columns ? left : args.tile_columns);
-    for (std::int64_t column = begin + threadIdx.x; column < end; column += blockDim.x)
+    const std::int64_t end = tile.begin + tile.columns;
+    for (std::int64_t column = tile.begin + threadIdx.x; column < end; column += blockDim.x)
       sum += to_double(*element_at<T>(a, column)) * to_double(*element_at<T>(b, column));
   }
   return BlockTeam{}.sum(sum);

@@ -34,7 +34,7 @@ CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const
   }
   if (!items.empty()) plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));
-  spans_at_ = words_.append(plan_.spans);
+  tiles_at_ = words_.append(std::exchange(plan_.tiles, {}));  // first, where 16 bytes divide the address
   slices_at_ = words_.append(plan_.slices);
 }
 
@@ -45,7 +45,7 @@ void CombineCall::run(cudaStream_t stream) const {
   args.num_params = plan.num_params_;
   args.pointers = pointers;
   args.outputs = outputs;
-  args.spans = table_at<Span>(words, plan.spans_at_);
+  args.tiles = table_at<Tile>(words, plan.tiles_at_);
   args.slices = table_at<Slice>(words, plan.slices_at_);
   args.weights = weights;
   args.scale = scale;
@@ -56,7 +56,6 @@ void CombineCall::run(cudaStream_t stream) const {
     const CombineKernel kernel = kernel_of(part.kind);
     args.first_slice = part.first_slice;
     args.num_slices = part.num_slices;
-    args.tile_columns = part.tile_columns;
     launch(kernel.run, {static_cast<int>(plan.blocks_[n]), kernel.threads, 0, stream}, args, "combine");
   }
 }

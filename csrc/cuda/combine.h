@@ -23,7 +23,7 @@ class CombinePlan {
   std::int64_t num_params_;
   Plan plan_;
   Words words_;
-  std::size_t spans_at_, slices_at_;
+  std::size_t tiles_at_, slices_at_;
   std::vector<std::int64_t> blocks_;  // by part
 };
 

@@ -11,11 +11,10 @@ struct CombineArgs {
   std::int64_t num_params;
   const std::uintptr_t* pointers;  // [K, P] rows, 0 = the task does not reach the parameter
   const std::uintptr_t* outputs;   // [P]
-  const Span* spans;
+  const Tile* tiles;
   const Slice* slices;
   std::int64_t first_slice;
   std::int64_t num_slices;
-  std::int64_t tile_columns;
   const double* weights;  // [groups][K]
   const double* scale;    // one factor for all weights, or nullptr
   float* found_inf;       // set to 1 if anything written is not finite, or nullptr

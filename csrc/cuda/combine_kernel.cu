@@ -8,7 +8,6 @@
 #include "combine_kernels.h"
 #include "elements.h"
 #include "mtl_kernels/rows.h"
-#include "walk.h"
 
 namespace mtl::cuda {
 namespace {
@@ -27,33 +26,6 @@ struct Operands {
   double weights[kMaxTasks];
 };
 
-template <class In>
-__device__ __forceinline__ void add_rows(const Operands& operands, int num_tasks, std::int64_t column,
-                                         double (&sums)[Vector<In>::kElements]) {
-#pragma unroll 1
-  for (int first = 0; first < num_tasks; first += kRowsAtATime) {
-    Vector<In> loaded[kRowsAtATime];
-#pragma unroll
-    for (int k = 0; k < kRowsAtATime; ++k)
-      loaded[k] = load_vector<In>(first + k < num_tasks ? operands.rows[first + k] : 0, column);
-#pragma unroll
-    for (int k = 0; k < kRowsAtATime; ++k) {
-      if (first + k >= num_tasks || operands.rows[first + k] == 0) continue;
-#pragma unroll
-      for (int c = 0; c < Vector<In>::kElements; ++c)
-        sums[c] += operands.weights[first + k] * loaded[k].exact(c);
-    }
-  }
-}
-
-template <class In>
-__device__ __forceinline__ double add_elements(const Operands& operands, int num_tasks, std::int64_t column) {
-  double sum = 0.0;
-  for (int k = 0; k < num_tasks; ++k)
-    if (operands.rows[k] != 0) sum += operands.weights[k] * load_element<In>(operands.rows[k], column);
-  return sum;
-}
-
 template <class Out>
 __device__ __forceinline__ Out finished(double sum, bool accumulate, Out before, bool* finite) {
   const Out value = from_double<Out>(accumulate ? sum + to_double(before) : sum);
@@ -61,30 +33,102 @@ __device__ __forceinline__ Out finished(double sum, bool accumulate, Out before,
   return value;
 }
 
+// One tile, of rows and output that begin at `begin`.
 template <class In, class Out>
-__device__ __forceinline__ void combine_tile(const CombineArgs& args, const Operands& operands, Out* out,
-                                             bool aligned, std::int64_t begin, std::int64_t end,
-                                             bool* finite) {
-  constexpr int kElements = Vector<In>::kElements;
-  using Outs = Pack<Out, kElements>;
-  const std::int64_t whole = begin + (aligned ? (end - begin) / kElements * kElements : 0);
-  for (std::int64_t column = begin + static_cast<std::int64_t>(threadIdx.x) * kElements; column < whole;
-       column += kThreads * kElements) {
-    double sums[kElements] = {};
-    add_rows<In>(operands, args.num_tasks, column, sums);
-    Outs* to = reinterpret_cast<Outs*>(out + column);
+struct Combination {
+  static constexpr int kElements = Vector<In>::kElements, kStep = kThreads * kElements;
+
+  const Operands& operands;
+  int num_tasks;
+  bool accumulate;
+  std::int64_t begin;
+  Out* out;
+
+  // Adds the weighted rows up, kRows of them at a time in each of kSteps steps. `load(row, step)` reads what
+  // this thread takes of one, given its address, or 0.
+  template <int kRows, int kSteps, class Load>
+  __device__ __forceinline__ void add_rows(Load load, double (&sums)[kSteps][kElements]) const {
+#pragma unroll 1
+    for (int first = 0; first < num_tasks; first += kRows) {
+      Vector<In> loaded[kSteps][kRows];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          const std::uintptr_t row = first + k < num_tasks ? operands.rows[first + k] : 0;
+          loaded[step][k] = load(row == 0 ? 0 : row + begin * static_cast<int>(sizeof(In)), step);
+        }
+#pragma unroll
+      for (int k = 0; k < kRows; ++k) {
+        if (first + k >= num_tasks || operands.rows[first + k] == 0) continue;
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+          for (int c = 0; c < kElements; ++c)
+            sums[step][c] += operands.weights[first + k] * loaded[step][k].exact(c);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write_vector(int column, const double (&sums)[kElements],
+                                               bool* finite) const {
+    using Outs = Pack<Out, kElements>;
+    Outs* to = reinterpret_cast<Outs*>(out + begin + column);
     Outs outs;
-    if (args.accumulate) outs = *to;
+    if (accumulate) outs = *to;
 #pragma unroll
     for (int c = 0; c < kElements; ++c)
-      outs.at[c] = finished<Out>(sums[c], args.accumulate, args.accumulate ? outs.at[c] : Out{}, finite);
+      outs.at[c] = finished<Out>(sums[c], accumulate, accumulate ? outs.at[c] : Out{}, finite);
     *to = outs;
   }
-  for (std::int64_t column = whole + threadIdx.x; column < end; column += kThreads) {
-    const double sum = add_elements<In>(operands, args.num_tasks, column);
-    out[column] = finished<Out>(sum, args.accumulate, args.accumulate ? out[column] : Out{}, finite);
+
+  // The columns before `whole`. Enough bytes in flight for few rows too.
+  template <int kRows, int kSteps>
+  __device__ __forceinline__ void take_vectors(int whole, bool* finite) const {
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x) * kElements; column < whole; column += kSteps * kStep) {
+      double sums[kSteps][kElements] = {};
+      add_rows<kRows, kSteps>(
+          [&](std::uintptr_t row, int step) {
+            return load_vector<In>(column + step * kStep < whole ? row : 0, column + step * kStep);
+          },
+          sums);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+        if (column + step * kStep < whole) write_vector(column + step * kStep, sums[step], finite);
+    }
   }
-}
+
+  // The columns from `whole` to `end`, which no vector holds.
+  __device__ __forceinline__ void take_rest(int whole, int end, bool* finite) const {
+#pragma unroll 1
+    for (int column = whole + static_cast<int>(threadIdx.x); column < end; column += kStep) {
+      double sums[1][kElements] = {};
+      add_rows<kRowsAtATime, 1>(
+          [&](std::uintptr_t row, int) { return gather_elements<In>(row, column, kThreads, end); }, sums);
+#pragma unroll
+      for (int c = 0; c < kElements; ++c) {
+        Out* to = out + begin + column + c * kThreads;
+        if (column + c * kThreads < end)
+          *to = finished<Out>(sums[0][c], accumulate, accumulate ? *to : Out{}, finite);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void take(int columns, bool aligned, bool* finite) const {
+    const int whole = aligned ? columns / kElements * kElements : 0;
+    if constexpr (std::is_same_v<In, Out>) {  // what is nearly always the case
+      if (num_tasks <= kRowsAtATime / 2) {
+        take_vectors<kRowsAtATime / 2, 2>(whole, finite);
+      } else {
+        take_vectors<kRowsAtATime, 1>(whole, finite);
+      }
+    } else {
+      take_vectors<kRowsAtATime, 1>(whole, finite);
+    }
+    take_rest(whole, columns, finite);
+  }
+};
 
 template <class In, class Out>
 __global__ void __launch_bounds__(kThreads, 2) combine_rows(const __grid_constant__ CombineArgs args) {
@@ -93,16 +137,16 @@ __global__ void __launch_bounds__(kThreads, 2) combine_rows(const __grid_constan
   for (std::int64_t n = blockIdx.x; n < args.num_slices; n += gridDim.x) {
     const Slice slice = args.slices[args.first_slice + n];
     // The last tile of the slice, and from there backwards.
-    std::int64_t tile = slice.first_tile;
-    if (tile >= slice.num_tiles) continue;
-    tile += (slice.num_tiles - 1 - tile) / slice.stride * slice.stride;
-    const int num_spans = static_cast<int>(slice.num_spans);
-    Walk walk(args.spans + slice.first_span, num_spans, -1);
+    std::int64_t number = slice.first_tile;
+    if (number >= slice.end_tile) continue;
+    number += (slice.end_tile - 1 - number) / slice.stride * slice.stride;
+    int param = -1;
     bool aligned = false;
     Out* out = nullptr;
-    for (; tile >= 0; tile -= slice.stride) {
-      if (walk.seek(tile)) {
-        const std::int64_t param = walk.span().param;
+    for (; number >= slice.first_tile; number -= slice.stride) {
+      const Tile tile = args.tiles[number];
+      if (tile.param != param) {
+        param = tile.param;
         __syncthreads();
         for (int k = static_cast<int>(threadIdx.x); k < args.num_tasks; k += kThreads) {
           operands.rows[k] = args.pointers[k * args.num_params + param];
@@ -115,10 +159,8 @@ __global__ void __launch_bounds__(kThreads, 2) combine_rows(const __grid_constan
         for (int k = 0; k < args.num_tasks; ++k) any |= operands.rows[k];
         aligned = any % 16 == 0;
       }
-      const std::int64_t begin = (tile - walk.span().first_tile) * args.tile_columns;
-      const std::int64_t left = walk.span().columns - begin;
-      combine_tile<In, Out>(args, operands, out, aligned, begin,
-                            begin + (left < args.tile_columns ? left : args.tile_columns), &finite);
+      Combination<In, Out>{operands, args.num_tasks, args.accumulate, tile.begin, out}.take(tile.columns,
+                                                                                            aligned, &finite);
     }
   }
   if (args.found_inf != nullptr && __syncthreads_or(!finite) != 0 && threadIdx.x == 0)

@@ -34,23 +34,51 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(text);
 }
 
-// Makes a device current for a scope. Set even where it seems to be: this library's runtime is its own, and
-// the context may have been changed by another.
+// A function of the driver, or nullptr where there is none. The module is not linked to it.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  const bool there = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return there ? reinterpret_cast<Function*>(found) : nullptr;
+}
+
+// Makes a device current for a scope, and then again what was: the context rather than the device, because
+// making a device current that has none yet would give it one, hundreds of megabytes large.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
+    static const auto get_context = driver_function<int(void**)>("cuCtxGetCurrent");
+    if (get_context != nullptr && get_context(&before_) != 0) before_ = nullptr;
     check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = device != before_;
   }
   ~DeviceGuard() {
-    if (changed_) static_cast<void>(cudaSetDevice(before_));
+    static const auto set_context = driver_function<int(void*)>("cuCtxSetCurrent");
+    if (set_context != nullptr) set_context(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
-  bool changed_ = false;
+  void* before_ = nullptr;
+};
+
+// Lets this thread do, for a scope, what does not belong to a stream that it captures.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() {
+    check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+  }
+  ~RelaxedCapture() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 struct Launch {

@@ -74,6 +74,19 @@ auto with_element(DType dtype, Use use) {
   }
 }
 
+__device__ __forceinline__ void set_element(unsigned (&words)[4], int i, double x) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(x));
+  words[2 * i] = static_cast<unsigned>(bits);
+  words[2 * i + 1] = static_cast<unsigned>(bits >> 32);
+}
+__device__ __forceinline__ void set_element(unsigned (&words)[4], int i, float x) {
+  words[i] = __float_as_uint(x);
+}
+template <class Half>
+__device__ __forceinline__ void set_element(unsigned (&words)[4], int i, Half x) {
+  words[i / 2] |= static_cast<unsigned>(x.bits) << i % 2 * 16;
+}
+
 // 16 bytes of a row, the widest access of a thread. As words, so that two 16-bit elements share a register.
 template <class T>
 struct alignas(16) Vector {
@@ -100,7 +113,12 @@ struct alignas(16) Vector {
   }
 };
 
-// A row as the kernels see it: an address, 0 where the task does not reach the parameter.
+// A row as the kernels see it: an address, 0 for a task that does not reach the parameter or does not exist.
+__device__ __forceinline__ std::uintptr_t row_address(const std::uintptr_t* pointers, std::int64_t num_params,
+                                                      int num_tasks, int k, int param) {
+  return k < num_tasks ? pointers[k * num_params + param] : 0;
+}
+
 template <class T>
 __device__ __forceinline__ const T* element_at(std::uintptr_t row, std::int64_t column) {
   return static_cast<const T*>(global_memory(row)) + column;
@@ -120,9 +138,17 @@ __device__ __forceinline__ Vector<T> load_vector(std::uintptr_t row, std::int64_
   return load_words<T>(element_at<T>(row, column));
 }
 
+// Elements `stride` apart, from `first` on, as far as they come before `end`; zeros otherwise. For columns
+// that no 16 bytes hold: lanes side by side then read side by side.
 template <class T>
-__device__ __forceinline__ double load_element(std::uintptr_t row, std::int64_t column) {
-  return row == 0 ? 0.0 : to_double(*element_at<T>(row, column));
+__device__ __forceinline__ Vector<T> gather_elements(std::uintptr_t row, int first, int stride, int end) {
+  Vector<T> found = {{0, 0, 0, 0}};
+#pragma unroll
+  for (int i = 0; i < Vector<T>::kElements; ++i) {
+    const int column = first + i * stride;
+    if (row != 0 && column < end) set_element(found.words, i, *element_at<T>(row, column));
+  }
+  return found;
 }
 
 // Whether squares of elements fit a float, given the bits of a row's words or-ed together: the row is zero,

@@ -13,26 +13,44 @@
 namespace mtl::cuda {
 
 // Whether this block is the last of `expected` to come here. What the others wrote before is then visible.
+// One thread fences for all: the barriers around it carry what the others did to it, and from it.
 __device__ inline bool arrives_last(unsigned* arrivals, std::int64_t expected) {
-  __shared__ unsigned before;
-  __threadfence();
+  __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) before = atomicAdd(arrivals, 1u);
+  if (expected == 1) return true;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrivals, 1u) + 1 == static_cast<unsigned>(expected);
+    if (last) *arrivals = 0;
+    __threadfence();
+  }
   __syncthreads();
-  const bool last = before + 1 == static_cast<unsigned>(expected);
+  const bool found = last;
   __syncthreads();
-  if (!last) return false;
-  if (threadIdx.x == 0) *arrivals = 0;
-  __threadfence();
-  return true;
+  return found;
 }
 
-// The sum of pair `pair` over `count` rows of sums. They come from other blocks, so past L1.
-__device__ inline double ordered_sum(const double* sums, std::int64_t count, int pairs, int pair) {
-  double total = 0.0;
-#pragma unroll 8
-  for (std::int64_t i = 0; i < count; ++i) total += __ldcg(sums + i * pairs + pair);
-  return total;
+// Adds up `count` rows of sums, pair by pair and in their order, and calls `use(pair, total)` in one thread
+// for each. They come from other blocks, so past L1; a thread has several pairs in flight, for what takes
+// time is waiting for L2.
+template <class Use>
+__device__ __forceinline__ void add_in_order(const double* sums, std::int64_t count, int pairs, Use use) {
+  constexpr int kAtOnce = 4;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int first = static_cast<int>(threadIdx.x); first < pairs; first += kAtOnce * threads) {
+    double totals[kAtOnce] = {};
+#pragma unroll 4
+    for (std::int64_t i = 0; i < count; ++i) {
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int pair = first + n * threads;
+        if (pair < pairs) totals[n] += __ldcg(sums + i * pairs + pair);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n)
+      if (first + n * threads < pairs) use(first + n * threads, totals[n]);
+  }
 }
 
 // The pair (i, j <= i) of a position in the triangle.
@@ -48,25 +66,29 @@ __device__ inline double unit(double length) { return length > 0.0 ? 1.0 / lengt
 
 __device__ inline double clamp_cosine(double x) { return x > 1.0 ? 1.0 : x < -1.0 ? -1.0 : x; }
 
+template <int kMostTasks>
 __device__ inline void write_statistics(const GramArgs& args, std::int64_t group) {
+  __shared__ double inverses[kMostTasks];
   const int K = args.num_tasks;
   const double* gram = args.gram + group * K * K;
   double* norms = args.norms + group * K;
   for (int k = static_cast<int>(threadIdx.x); k < K; k += static_cast<int>(blockDim.x)) {
     const double square = gram[k * K + k];
     norms[k] = square < 0.0 ? 0.0 : sqrt(square);
+    inverses[k] = unit(norms[k]);
   }
   __syncthreads();
   for (int n = static_cast<int>(threadIdx.x); n < K * K; n += static_cast<int>(blockDim.x)) {
     const int i = n / K > n % K ? n / K : n % K;  // the lower triangle speaks for both
     const int j = n / K + n % K - i;
-    const double length = norms[i];
-    double cosine = clamp_cosine(gram[i * K + j] * unit(norms[i]) * unit(norms[j]));
-    if (i == j) cosine = length == 0.0 ? 0.0 : length / length;
+    double cosine = clamp_cosine(gram[i * K + j] * inverses[i] * inverses[j]);
+    if (i == j) cosine = norms[i] == 0.0 ? 0.0 : norms[i] / norms[i];
     args.cosines[group * K * K + n] = cosine;
   }
 }
 
+// kMostTasks: of all that this kernel is used for.
+template <int kMostTasks>
 static __device__ __noinline__ void finish(const GramArgs& args, std::int64_t slice_number) {
   const Slice& slice = args.slices[slice_number];
   const Pod& pod = args.pods[slice.pod];
@@ -77,23 +99,23 @@ static __device__ __noinline__ void finish(const GramArgs& args, std::int64_t sl
   std::int64_t count = pod.num_slices;
   if (group.num_pods > 1) {
     double* pod_sum = args.pod_sums + slice.pod * pairs;
-    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += static_cast<int>(blockDim.x))
-      pod_sum[pair] = ordered_sum(sums, count, pairs, pair);
+    add_in_order(sums, count, pairs, [&](int pair, double total) { pod_sum[pair] = total; });
     if (!arrives_last(args.group_arrivals + slice.group, group.num_pods)) return;
     sums = args.pod_sums + group.first_pod * pairs;
     count = group.num_pods;
   }
   const int K = args.num_tasks;
   double* gram = args.gram + slice.group * K * K;
-  for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += static_cast<int>(blockDim.x)) {
+  add_in_order(sums, count, pairs, [&](int pair, double total) {
     int i, j;
     pair_at(pair, &i, &j);
-    gram[i * K + j] = gram[j * K + i] = ordered_sum(sums, count, pairs, pair);
-  }
+    gram[i * K + j] = gram[j * K + i] = total;
+  });
   __syncthreads();
-  if (args.norms != nullptr) write_statistics(args, slice.group);
+  if (args.norms != nullptr) write_statistics<kMostTasks>(args, slice.group);
   if (args.solver.solver < 0) return;
-  solve_problem(args.solver, slice.group);
+  solve_problem<kMostTasks>(args.solver, slice.group);
+  __syncthreads();
   if (args.solver.advance_rng && arrives_last(args.arrivals, args.num_groups) && threadIdx.x == 0)
     args.solver.rng[1] += 1;
 }

@@ -39,7 +39,7 @@ GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
   }
   plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));
-  spans_at_ = words_.append(plan_.spans);
+  tiles_at_ = words_.append(std::exchange(plan_.tiles, {}));  // first, where 16 bytes divide the address
   slices_at_ = words_.append(plan_.slices);
   pods_at_ = words_.append(plan_.pods);
   groups_at_ = words_.append(plan_.groups);
@@ -74,7 +74,7 @@ void GramCall::run(cudaStream_t stream) const {
   args.num_tasks = plan.num_tasks_;
   args.num_params = plan.num_params_;
   args.pointers = pointers;
-  args.spans = table_at<Span>(words, plan.spans_at_);
+  args.tiles = table_at<Tile>(words, plan.tiles_at_);
   args.slices = table_at<Slice>(words, plan.slices_at_);
   args.pods = table_at<Pod>(words, plan.pods_at_);
   args.groups = table_at<GroupPods>(words, plan.groups_at_);
@@ -99,7 +99,6 @@ void GramCall::run(cudaStream_t stream) const {
     const GramKernel kernel = kernel_of(part, plan.num_tasks_);
     args.first_slice = part.first_slice;
     args.num_slices = part.num_slices;
-    args.tile_columns = part.tile_columns;
     // Whoever finishes a group runs its solver, whichever dtype it came from.
     const std::size_t shared = plan.shared_bytes(part, solver == nullptr ? 1 : plan.scratch_doubles(*solver));
     launch(kernel.run, {static_cast<int>(plan.blocks_[n]), kernel.threads, shared, stream}, args, "gram");

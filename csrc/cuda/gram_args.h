@@ -11,14 +11,13 @@ struct GramArgs {
   int num_tasks;
   std::int64_t num_params;
   const std::uintptr_t* pointers;  // [K, P], 0 = the task does not reach the parameter
-  const Span* spans;
+  const Tile* tiles;
   const Slice* slices;
   const Pod* pods;
   const GroupPods* groups;
   std::int64_t num_groups;
   std::int64_t first_slice;
   std::int64_t num_slices;
-  std::int64_t tile_columns;
   double* slice_sums;      // [slices][pairs], pair (i, j <= i) at i (i + 1) / 2 + j
   double* pod_sums;        // [pods][pairs]
   unsigned* pod_arrivals;  // [pods], zero before and after every launch

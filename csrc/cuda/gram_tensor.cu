@@ -14,13 +14,11 @@
 // cyclically, so that all warps do alike; of two bands that lie half the circle apart each takes the product
 // in every other step. Warps beyond kBands work on further columns.
 #include <cfloat>
-#include <climits>
 
 #include "absent.h"
 #include "elements.h"
 #include "finish.h"
 #include "gram_kernels.h"
-#include "walk.h"
 
 namespace mtl::cuda {
 namespace {
@@ -46,9 +44,10 @@ struct Shape {
   // Rows 64 bytes apart modulo 128: the eight lanes that read at the same time then meet every bank once.
   static constexpr int kPitch = kStageBytes % 128 == 0 ? kStageBytes + 64 : kStageBytes;
   static constexpr int kBufferBytes = kRows * kPitch;
-  static constexpr int kStages = kBands <= 4 ? 4 : 3;
-  static constexpr int kSharedBytes =
-      kBufferBytes * (kStages + (kIsHalf<T> ? 1 : 0));  // one to take a tile again
+  static constexpr int kStages = 4;
+  static constexpr int kSharedBytes = kBufferBytes * kStages;
+  static_assert(kSharedBytes <= 96 << 10,
+                "with what else a block has, at most the 99 KB of a consumer's GPU");
 
   static constexpr int kChunksPerRow = kStageBytes / 16;
   static constexpr int kChunks = kRows * kChunksPerRow / kThreads;  // that a thread copies per stage
@@ -68,24 +67,27 @@ class Copier {
  public:
   __device__ Copier(const GramArgs& args, const Slice& slice, int tile)
       : args_(args),
-        walk_(args.spans + slice.first_span, static_cast<int>(slice.num_spans), -1),
         tile_(tile),
         stride_(static_cast<int>(slice.stride)),
-        num_tiles_(static_cast<int>(slice.num_tiles)) {
+        end_tile_(static_cast<int>(slice.end_tile)) {
     if (!done()) enter_tile();
   }
-  __device__ bool done() const { return tile_ >= num_tiles_; }
+  __device__ bool done() const { return tile_ >= end_tile_; }
   __device__ int tile() const { return tile_; }
   __device__ int left() const { return left_; }
   __device__ int stride() const { return stride_; }
-  __device__ int num_tiles() const { return num_tiles_; }
+  __device__ int end_tile() const { return end_tile_; }
 
-  // Goes to the first stage of `tile`, or to the one with which `left` bytes are to come.
-  __device__ void go_to(int tile, int left = kWholeTile) {
+  // Goes to the first stage of `tile`.
+  __device__ void go_to(int tile) {
     tile_ = tile;
+    if (!done()) enter_tile();
+  }
+  // Goes to the stage of `tile` with which `left` bytes are to come.
+  __device__ void go_to(int tile, int left) {
+    go_to(tile);
     if (done()) return;
-    enter_tile();
-    const int skipped = left == kWholeTile ? 0 : left_ - left;
+    const int skipped = left_ - left;
 #pragma unroll
     for (int i = 0; i < S::kChunks; ++i)
       if (from_[i] != nullptr) from_[i] += skipped;
@@ -114,30 +116,24 @@ class Copier {
   }
 
  private:
-  static constexpr int kWholeTile = INT_MIN;
   static constexpr int kRowStep = S::kThreads / S::kChunksPerRow;
 
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / S::kChunksPerRow; }
   __device__ static int place() { return static_cast<int>(threadIdx.x) % S::kChunksPerRow * 16; }
 
   __device__ void enter_tile() {
-    walk_.seek(tile_);
-    const Span& span = walk_.span();
-    const std::int64_t begin = (tile_ - span.first_tile) * args_.tile_columns;
+    const Tile tile = args_.tiles[tile_];
     std::uintptr_t any = 0;
 #pragma unroll
     for (int i = 0; i < S::kChunks; ++i) {
-      const std::uintptr_t row = row_pointer(args_.pointers, args_.num_params, args_.num_tasks,
-                                             first_row() + i * kRowStep, span.param);
+      const std::uintptr_t row = row_address(args_.pointers, args_.num_params, args_.num_tasks,
+                                             first_row() + i * kRowStep, tile.param);
       any |= row;
-      from_[i] =
-          row == 0 ? nullptr : reinterpret_cast<const unsigned char*>(element_at<T>(row, begin)) + place();
+      from_[i] = row == 0 ? nullptr
+                          : reinterpret_cast<const unsigned char*>(element_at<T>(row, tile.begin)) + place();
     }
     alignment_ = any % 16 == 0 ? 16 : any % 4 == 0 ? 4 : 2;
-    const std::int64_t columns = span.columns - begin;
-    left_ = static_cast<int>(columns < args_.tile_columns ? columns : args_.tile_columns) *
-                static_cast<int>(sizeof(T)) -
-            place();
+    left_ = tile.columns * static_cast<int>(sizeof(T)) - place();
   }
 
   // 16 bytes, of which the first `valid` are there and the others zero, in pieces as wide as the address
@@ -152,16 +148,17 @@ class Copier {
         copy_async<4>(to + n, bytes > 0 ? from + n : from, bytes);
       }
     } else {
-#pragma unroll 1
-      for (int n = 0; n < 16; n += 2)
-        *reinterpret_cast<std::uint16_t*>(to + n) =
-            n < valid ? *reinterpret_cast<const std::uint16_t*>(from + n) : std::uint16_t{0};
+      const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
+      unsigned words[4] = {};
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+        if (2 * n < valid) words[n / 2] |= static_cast<unsigned>(halves[n]) << n % 2 * 16;
+      *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
     }
   }
 
   const GramArgs& args_;
-  Walk walk_;
-  int tile_, stride_, num_tiles_;
+  int tile_, stride_, end_tile_;
   const unsigned char* from_[S::kChunks];
   int left_ = 0;  // bytes of the tile from this thread's place on
   int alignment_ = 16;
@@ -275,7 +272,8 @@ __device__ __forceinline__ bool trusted(const float (&sums)[S::kGroups][4], cons
   return __syncthreads_or(!good) == 0;
 }
 
-// Adds the products of one tile in double, without reading ahead. Leaves the copier where it was.
+// Adds the products of one tile in double, without reading ahead, through a buffer that no copy is on its way
+// to. Leaves the copier where it was.
 template <class S, class T>
 __device__ __forceinline__ void take_again(Copier<S, T>& copier, int tile, const Share<S>& share,
                                            unsigned char* buffer, double (&sums)[S::kGroups][4]) {
@@ -314,13 +312,13 @@ __device__ __forceinline__ void sum_slice(const GramArgs& args, const Slice& sli
   int buffer = 0;
   int tile = static_cast<int>(slice.first_tile);
   [[maybe_unused]] const bool in_float = slice.columns >= kFloatColumns;
-  for (int stage = 0; tile < copier.num_tiles(); ++stage) {
+  for (int stage = 0; tile < copier.end_tile(); ++stage) {
     copy_wait<S::kStages - 2>();
     __syncthreads();
     const bool tile_ends = (ends >> buffer & 1u) != 0;
     // The buffer that all warps have left behind.
     fill(buffer == 0 ? S::kStages - 1 : buffer - 1);
-    const unsigned char* arrived = buffers + buffer * S::kBufferBytes;
+    unsigned char* arrived = buffers + buffer * S::kBufferBytes;
     if constexpr (kIsHalf<T>) {
       multiply_stage<S, T>(share, stage, arrived, tile_sums, bits);
     } else {
@@ -335,7 +333,7 @@ __device__ __forceinline__ void sum_slice(const GramArgs& args, const Slice& sli
 #pragma unroll
           for (int i = 0; i < 4; ++i) sums[group][i] += static_cast<double>(tile_sums[group][i]);
       } else {
-        take_again<S, T>(copier, tile, share, buffers + S::kStages * S::kBufferBytes, sums);
+        take_again<S, T>(copier, tile, share, arrived, sums);
       }
 #pragma unroll
       for (int group = 0; group < S::kGroups; ++group)
@@ -393,7 +391,7 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
       out[pair] = triangle[pair];
     __syncthreads();
     mend_absent_rows<T>(args, slice_number, out);
-    finish(args, slice_number);
+    finish<S::kRows>(args, slice_number);
     __syncthreads();
   }
 }

@@ -3,16 +3,15 @@
 // A thread loads 16 bytes of every row, so a warp reads 512 bytes of each at once, and multiplies in
 // registers. Products of float and double rows are taken in double: with K <= 8 that is at most 36 fused
 // multiply-adds for 32 bytes, a third of what an A100 or H200 can do while it reads them. Products of 16-bit
-// rows are exact in float and are added there over one tile, at most 32 of them, then in double. A thread
-// whose sums in float cannot be trusted (a square under- or overflowed) takes its columns of the tile again,
-// in double.
+// rows are exact in float and are added there over one tile, some 32 of them, then in double. A thread whose
+// sums in float cannot be trusted (a square under- or overflowed) takes its columns of the tile again, in
+// double.
 #include <cfloat>
 
 #include "absent.h"
 #include "elements.h"
 #include "finish.h"
 #include "gram_kernels.h"
-#include "walk.h"
 
 namespace mtl::cuda {
 namespace {
@@ -28,7 +27,8 @@ constexpr int kBatch = K <= 2   ? 4
                        : K <= 4 ? 2
                                 : 1;
 
-// Batches of a tile. For 16-bit rows a tile is also the run of sums in float, 32 products long.
+// Batches of a tile. For 16-bit rows a tile is also the run of sums in float, 32 products long and one more
+// where the columns end.
 template <class T, int K>
 constexpr int kMaxBatches = (kIsHalf<T> ? 4 : 8) / kBatch<K>;
 
@@ -69,34 +69,33 @@ __device__ __forceinline__ void add_products(const Vector<T> (&rows)[K], float (
   }
 }
 
-// The columns of one tile, as one thread sees them: vectors from `first` to `whole`, kStep apart and a batch
-// at a time, then single elements, kThreads apart, up to `end`.
+// The columns of one tile as one thread sees them, from where the tile begins: vectors up to `whole`, kStep
+// apart and a batch at a time, then up to `end` what no vector holds.
 template <class T, int K>
 struct Columns {
   std::uintptr_t rows[K];
-  std::int64_t first, whole, end;
+  int whole, end;
 
-  // Calls `use` with the vectors of every step.
   template <class Use>
   __device__ __forceinline__ void for_each_vector(Use use) const {
-    for (std::int64_t column = first; column < whole; column += kBatch<K> * kStep<T>) {
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x) * Vector<T>::kElements; column < whole;
+         column += kBatch<K> * kStep<T>) {
       Vector<T> loaded[kBatch<K>][K];
 #pragma unroll
       for (int b = 0; b < kBatch<K>; ++b)
 #pragma unroll
-        for (int k = 0; k < K; ++k) loaded[b][k] = load_vector<T>(rows[k], column + b * kStep<T>);
+        for (int k = 0; k < K; ++k)
+          loaded[b][k] = load_vector<T>(column + b * kStep<T> < whole ? rows[k] : 0, column + b * kStep<T>);
 #pragma unroll
       for (int b = 0; b < kBatch<K>; ++b) use(loaded[b]);
     }
-  }
-
-  __device__ __forceinline__ void add_rest(double (&sums)[kPairs<K>]) const {
 #pragma unroll 1
-    for (std::int64_t column = whole + threadIdx.x; column < end; column += kThreads) {
-      double x[K];
+    for (int column = whole + static_cast<int>(threadIdx.x); column < end; column += kStep<T>) {
+      Vector<T> loaded[K];
 #pragma unroll
-      for (int k = 0; k < K; ++k) x[k] = load_element<T>(rows[k], column);
-      add_products<double, K>(x, sums);
+      for (int k = 0; k < K; ++k) loaded[k] = gather_elements<T>(rows[k], column, kThreads, end);
+      use(loaded);
     }
   }
 };
@@ -104,7 +103,6 @@ struct Columns {
 template <class T, int K>
 __device__ __forceinline__ void add_tile(const Columns<T, K>& columns, bool in_float,
                                          double (&sums)[kPairs<K>]) {
-  columns.add_rest(sums);
   if (kIsHalf<T> && in_float) {
     float tile_sums[kPairs<K>] = {};
     unsigned bits[K] = {};
@@ -123,20 +121,40 @@ __device__ __forceinline__ void add_tile(const Columns<T, K>& columns, bool in_f
   columns.for_each_vector([&](const Vector<T>(&rows)[K]) { add_products<T, K>(rows, sums); });
 }
 
+// Adds up kCount sums over the lanes of a warp. At every step a lane hands half of them to its partner and
+// takes over the other half, so that few are exchanged. Calls `store(number, sum)` in one lane for each.
+template <int kCount, int kOffset, class Store>
+__device__ __forceinline__ void add_lanes(const double (&sums)[kCount], int thread, int first, int count,
+                                          Store store) {
+  const bool upper = (thread & kOffset) != 0;
+  if constexpr (kOffset == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (i < count) store(first + i, sums[i]);
+  } else {
+    constexpr int kHalf = (kCount + 1) / 2;
+    double kept[kHalf];
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const double low = sums[i], high = kHalf + i < kCount ? sums[kHalf + i] : 0.0;
+      kept[i] = (upper ? high : low) + __shfl_xor_sync(kAllLanes, upper ? low : high, kOffset);
+    }
+    const int low_count = count < kHalf ? count : kHalf;
+    add_lanes<kHalf, kOffset / 2>(kept, thread, upper ? first + kHalf : first,
+                                  upper ? count - low_count : low_count, store);
+  }
+}
+
 // Adds up the sums of all threads, lanes then warps, and writes those of the first `num_tasks` rows.
 template <int K>
-__device__ __forceinline__ void write_block_sums(double (&sums)[kPairs<K>], int num_tasks, double* out) {
+__device__ __forceinline__ void write_block_sums(const double (&sums)[kPairs<K>], int num_tasks,
+                                                 double* out) {
   __shared__ double warp_sums[kThreads / kWarp][kPairs<K>];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-#pragma unroll
-  for (int pair = 0; pair < kPairs<K>; ++pair) {
-    double total = sums[pair];
-#pragma unroll
-    for (int offset = 1; offset < kWarp; offset *= 2) total += __shfl_xor_sync(kAllLanes, total, offset);
-    if (lane == 0) warp_sums[warp][pair] = total;
-  }
+  const int thread = opaque(static_cast<int>(threadIdx.x));
+  add_lanes<kPairs<K>, kWarp / 2>(sums, thread, 0, kPairs<K>,
+                                  [&](int pair, double sum) { warp_sums[thread / kWarp][pair] = sum; });
   __syncthreads();
-  for (int pair = static_cast<int>(threadIdx.x); pair < num_pairs(num_tasks); pair += kThreads) {
+  for (int pair = thread; pair < num_pairs(num_tasks); pair += kThreads) {
     double total = 0.0;
     for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w][pair];
     out[pair] = total;
@@ -144,40 +162,38 @@ __device__ __forceinline__ void write_block_sums(double (&sums)[kPairs<K>], int 
   __syncthreads();
 }
 
+// At a time on a multiprocessor: what the registers allow.
 template <class T, int K>
-__global__ void __launch_bounds__(kThreads, K <= 4       ? 4
-                                            : kIsHalf<T> ? 2
-                                                         : 3)
+constexpr int kMinBlocks = (K <= 6 ? 4 : 3) - (kIsHalf<T> && K > 4 ? 1 : 0);
+
+template <class T, int K>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T, K>)
     gram_triangle(const __grid_constant__ GramArgs args) {
-  for (std::int64_t n = blockIdx.x; n < args.num_slices; n += gridDim.x) {
-    const std::int64_t slice_number = args.first_slice + n;
+  const int end_slice = static_cast<int>(args.first_slice + args.num_slices);
+  for (int slice_number = static_cast<int>(args.first_slice + blockIdx.x); slice_number < end_slice;
+       slice_number += static_cast<int>(gridDim.x)) {
     const Slice slice = args.slices[slice_number];
     double sums[kPairs<K>] = {};
-    Columns<T, K> columns{};
-    bool aligned = false;
-    Walk walk(args.spans + slice.first_span, static_cast<int>(slice.num_spans), -1);
-    for (std::int64_t tile = slice.first_tile; tile < slice.num_tiles; tile += slice.stride) {
-      if (walk.seek(tile)) {
-        std::uintptr_t any = 0;
+    const int end_tile = static_cast<int>(slice.end_tile), stride = static_cast<int>(slice.stride);
+    const bool in_float = slice.columns >= kFloatColumns;
+    for (int number = static_cast<int>(slice.first_tile); number < end_tile; number += stride) {
+      const Tile tile = args.tiles[number];
+      Columns<T, K> columns;
+      std::uintptr_t any = 0;
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-          columns.rows[k] = row_pointer(args.pointers, args.num_params, args.num_tasks, k, walk.span().param);
-          any |= columns.rows[k];
-        }
-        aligned = any % 16 == 0;
+      for (int k = 0; k < K; ++k) {
+        const std::uintptr_t row = row_address(args.pointers, args.num_params, args.num_tasks, k, tile.param);
+        any |= row;
+        columns.rows[k] = row == 0 ? 0 : row + tile.begin * static_cast<int>(sizeof(T));
       }
-      const std::int64_t begin = (tile - walk.span().first_tile) * args.tile_columns;
-      const std::int64_t left = walk.span().columns - begin;
-      const std::int64_t length = left < args.tile_columns ? left : args.tile_columns;
-      columns.first = begin + static_cast<std::int64_t>(threadIdx.x) * Vector<T>::kElements;
-      columns.whole = begin + (aligned ? length / (kBatch<K> * kStep<T>)*(kBatch<K> * kStep<T>) : 0);
-      columns.end = begin + length;
-      add_tile<T, K>(columns, slice.columns >= kFloatColumns, sums);
+      columns.whole = any % 16 == 0 ? tile.columns / Vector<T>::kElements * Vector<T>::kElements : 0;
+      columns.end = tile.columns;
+      add_tile<T, K>(columns, in_float, sums);
     }
-    double* out = args.slice_sums + slice_number * num_pairs(args.num_tasks);
+    double* out = args.slice_sums + static_cast<std::int64_t>(slice_number) * num_pairs(args.num_tasks);
     write_block_sums<K>(sums, args.num_tasks, out);
     mend_absent_rows<T>(args, slice_number, out);
-    finish(args, slice_number);
+    finish<kTriangleTasks>(args, slice_number);
   }
 }
 
@@ -190,6 +206,7 @@ template <class T>
 GramKernel kernel_for(int num_tasks) {
   if (num_tasks <= 2) return kernel<T, 2>();
   if (num_tasks <= 4) return kernel<T, 4>();
+  if (num_tasks <= 6) return kernel<T, 6>();
   return kernel<T, 8>();
 }
 

@@ -12,22 +12,35 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// Bytes of dynamic shared memory that a block of the kernel can have on the current device.
+template <class Args>
+std::size_t dynamic_shared_limit(void (*kernel)(Args), int device) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  const auto room = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return room < attributes.sharedSizeBytes ? 0 : room - attributes.sharedSizeBytes;
+}
+
 // Blocks of a kernel that run on the current device at the same time: one wave, in which a persistent grid
-// has no tail. Lets the kernel have so much dynamic shared memory.
+// has no tail. Lets the kernel have all the dynamic shared memory there is, always as much, so that threads
+// which ask for different sizes do not take it from each other.
 template <class Args>
 std::int64_t wave(void (*kernel)(Args), int device, int threads, std::size_t shared_bytes) {
+  const RelaxedCapture relaxed;  // a kernel may be loaded here
   const auto* address = reinterpret_cast<const void*>(kernel);
-  constexpr std::size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
-    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
-          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
-  }
+  const std::size_t limit = dynamic_shared_limit(kernel, device);
   int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  if (blocks == 0)
-    throw std::runtime_error("a kernel of mtl_kernels does not fit this device; use backend='triton'");
+  if (shared_bytes <= limit) {
+    check(cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit)),
+          "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, address, threads, shared_bytes),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  }
+  if (blocks == 0) {
+    throw std::runtime_error("a kernel of mtl_kernels needs " + std::to_string(shared_bytes) +
+                             " bytes of shared memory, and this device has " + std::to_string(limit) +
+                             " for it; use backend='triton'");
+  }
   return static_cast<std::int64_t>(blocks) * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 

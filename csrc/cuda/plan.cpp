@@ -10,10 +10,26 @@ constexpr std::int64_t kPodSlices = 16;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// As many steps a tile as leave every block a tile, so that small problems still use every block.
+// The columns of a tile: as many rounds as the longest tiles take, in tiles that are equally long in each of
+// them. So every block has a tile where there are columns for all, and the last round is no short one.
 std::int64_t tile_columns(const Shape& shape, std::int64_t columns) {
-  const std::int64_t steps = columns / (shape.blocks * shape.step_columns);
-  return shape.step_columns * std::clamp<std::int64_t>(steps, 1, shape.max_steps);
+  const std::int64_t wave = shape.blocks * shape.step_columns;
+  const std::int64_t rounds = std::max<std::int64_t>(ceil_div(columns, wave * shape.max_steps), 1);
+  return shape.step_columns * std::clamp<std::int64_t>(ceil_div(columns, wave * rounds), 1, shape.max_steps);
+}
+
+void append_tiles(const Item& item, std::int64_t width, std::vector<Tile>* tiles) {
+  for (std::int64_t begin = 0; begin < item.columns; begin += width) {
+    const auto columns = static_cast<std::int32_t>(std::min(width, item.columns - begin));
+    tiles->push_back({begin, columns, static_cast<std::int32_t>(item.param)});
+  }
+}
+
+// Whole tiles first, then from long to short: when the slices take turns, what is uneven comes last and is
+// small.
+void order_tiles(std::vector<Tile>::iterator first, std::vector<Tile>::iterator last, std::int64_t width) {
+  const auto partial = std::stable_partition(first, last, [&](const Tile& t) { return t.columns == width; });
+  std::stable_sort(partial, last, [](const Tile& a, const Tile& b) { return a.columns > b.columns; });
 }
 
 }  // namespace
@@ -40,29 +56,28 @@ Plan make_plan(std::vector<Item> items, std::int64_t num_groups, const std::vect
   std::vector<std::vector<std::int64_t>> slices_of(static_cast<std::size_t>(num_groups));
   for (std::size_t i = 0; i < items.size();) {
     const int kind = items[i].kind;
-    const std::int64_t group = items[i].group;
+    const auto first = static_cast<std::int64_t>(plan.tiles.size());
     Slice slice{};
-    slice.first_span = static_cast<std::int64_t>(plan.spans.size());
-    slice.group = group;
-    for (; i < items.size() && items[i].kind == kind && items[i].group == group; ++i) {
-      if (items[i].columns == 0) continue;
-      plan.spans.push_back({items[i].param, slice.num_tiles, items[i].columns});
-      slice.num_tiles += ceil_div(items[i].columns, widths[kind]);
+    slice.group = items[i].group;
+    for (; i < items.size() && items[i].kind == kind && items[i].group == slice.group; ++i) {
+      append_tiles(items[i], widths[kind], &plan.tiles);
       slice.columns += items[i].columns;
     }
-    slice.num_spans = static_cast<std::int64_t>(plan.spans.size()) - slice.first_span;
-    const std::int64_t share = tiles[kind] == 0 ? 0 : shapes[kind].blocks * slice.num_tiles / tiles[kind];
-    slice.stride = std::clamp<std::int64_t>(share, 1, std::max<std::int64_t>(slice.num_tiles, 1));
+    order_tiles(plan.tiles.begin() + first, plan.tiles.end(), widths[kind]);
+    slice.end_tile = static_cast<std::int64_t>(plan.tiles.size());
+    const std::int64_t own_tiles = slice.end_tile - first;
+    const std::int64_t share = tiles[kind] == 0 ? 0 : shapes[kind].blocks * own_tiles / tiles[kind];
+    slice.stride = std::clamp<std::int64_t>(share, 1, std::max<std::int64_t>(own_tiles, 1));
     if (plan.parts.empty() || plan.parts.back().kind != kind)
-      plan.parts.push_back({kind, static_cast<std::int64_t>(plan.slices.size()), 0, widths[kind]});
+      plan.parts.push_back({kind, static_cast<std::int64_t>(plan.slices.size()), 0});
     plan.parts.back().num_slices += slice.stride;
-    for (slice.first_tile = 0; slice.first_tile < slice.stride; ++slice.first_tile) {
-      slices_of[group].push_back(static_cast<std::int64_t>(plan.slices.size()));
+    for (slice.first_tile = first; slice.first_tile < first + slice.stride; ++slice.first_tile) {
+      slices_of[slice.group].push_back(static_cast<std::int64_t>(plan.slices.size()));
       plan.slices.push_back(slice);
     }
   }
 
-  // A group's slices of one kind are neighbours; a pod holds slices of one kind.
+  // Pods of neighbouring slices: where those of a group lie apart, in several kinds, so do its pods.
   for (const std::vector<std::int64_t>& slices : slices_of) {
     plan.groups.push_back({static_cast<std::int64_t>(plan.pods.size()), 0});
     for (std::size_t n = 0; n < slices.size(); ++n) {

@@ -25,16 +25,15 @@ struct Shape {
   std::int64_t blocks;        // that run at the same time
 };
 
-// The slices [first, first + count) of a kind, in tiles of `tile_columns`.
+// The slices [first, first + count) of a kind.
 struct Part {
   int kind;
   std::int64_t first_slice;
   std::int64_t num_slices;
-  std::int64_t tile_columns;
 };
 
 struct Plan {
-  std::vector<Span> spans;
+  std::vector<Tile> tiles;
   std::vector<Slice> slices;
   std::vector<Pod> pods;
   std::vector<GroupPods> groups;

@@ -1,32 +1,37 @@
 #pragma once
 
-// The solver headers with a block as their team.
+// The solver headers with the threads of a block as their team.
 
-#include "block_team.h"
 #include "device.h"
 #include "mtl_kernels/solver.h"
 #include "mtl_kernels/solvers/all.h"
 #include "solver_call.h"
+#include "teams.h"
 
 namespace mtl::cuda {
 
 namespace detail {
 
-template <class Solver>
+template <class Solver, int kMostTasks>
 __device__ void solve_one(const Problem& problem) {
-  Solver::solve(BlockTeam{}, problem);
+  if constexpr (Solver::independent_rows || kMostTasks > kWarp) {
+    Solver::solve(BlockTeam{}, problem);
+  } else {
+    if (threadIdx.x < kWarp) Solver::solve(WarpTeam{}, problem);
+  }
 }
 
-template <class... Solvers>
+template <int kMostTasks, class... Solvers>
 __device__ void solve_switch(int solver, const Problem& problem, SolverList<Solvers...>) {
   int position = 0;
-  ((solver == position++ ? solve_one<Solvers>(problem) : void()), ...);
+  ((solver == position++ ? solve_one<Solvers, kMostTasks>(problem) : void()), ...);
 }
 
 }  // namespace detail
 
-// Solves problem `index` with all threads of the block.
-__device__ inline void solve_problem(const SolverCall& call, std::int64_t index) {
+// Solves problem `index`, of at most kMostTasks tasks. All threads of the block call it.
+template <int kMostTasks>
+__device__ void solve_problem(const SolverCall& call, std::int64_t index) {
   Problem problem{};
   problem.num_tasks = call.num_tasks;
   problem.gram = call.gram + index * call.num_tasks * call.num_tasks;
@@ -40,7 +45,7 @@ __device__ inline void solve_problem(const SolverCall& call, std::int64_t index)
   problem.scratch = call.scratch == nullptr
                         ? reinterpret_cast<double*>(dynamic_shared())
                         : call.scratch + static_cast<std::int64_t>(blockIdx.x) * call.scratch_doubles;
-  detail::solve_switch(call.solver, problem, AllSolvers{});
+  detail::solve_switch<kMostTasks>(call.solver, problem, AllSolvers{});
 }
 
 }  // namespace mtl::cuda

@@ -9,7 +9,9 @@
 namespace mtl::cuda {
 namespace {
 
-constexpr std::size_t kStaticSharedBytes = 1024;  // at least what the kernel has besides
+SolverInfo info_of(const SolverArguments& arguments) {
+  return find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr);
+}
 
 struct Plan {
   int threads;
@@ -19,15 +21,20 @@ struct Plan {
 };
 
 Plan make_plan(int device, const SolverArguments& arguments, std::int64_t batch) {
-  const std::int64_t doubles = scratch_of(arguments);
+  const SolverInfo solver = info_of(arguments);
+  const int K = arguments.num_tasks;
+  const auto doubles = static_cast<std::int64_t>(solver.scratch_doubles(K));
   const std::size_t bytes = static_cast<std::size_t>(doubles) * sizeof(double);
-  const auto room = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  const bool shared = bytes + kStaticSharedBytes <= room;
+  const auto kernel = solve_kernel(K);
+  const bool shared = bytes <= dynamic_shared_limit(kernel, device);
   Plan plan{};
-  // A warp has the fastest barriers, and small problems no work for more.
-  plan.threads = arguments.num_tasks <= kWarp ? kWarp : kSolveMaxThreads;
+  // A warp for each of the rows; or one in all, which has the fastest barriers, where small problems have no
+  // work for more.
+  plan.threads = solver.independent_rows ? std::min(K * kWarp, kSolveMaxThreads)
+                 : K <= kWarp            ? kWarp
+                                         : kMaxTasks;
   plan.shared_bytes = shared ? bytes : 0;
-  plan.blocks = std::min(batch, wave(solve_kernel(), device, plan.threads, plan.shared_bytes));
+  plan.blocks = std::min(batch, wave(kernel, device, plan.threads, plan.shared_bytes));
   plan.scratch_doubles = shared ? 0 : doubles * plan.blocks;
   return plan;
 }
@@ -35,15 +42,12 @@ Plan make_plan(int device, const SolverArguments& arguments, std::int64_t batch)
 }  // namespace
 
 std::int64_t scratch_of(const SolverArguments& arguments) {
-  const SolverInfo solver =
-      find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr);
-  return static_cast<std::int64_t>(solver.scratch_doubles(arguments.num_tasks));
+  return static_cast<std::int64_t>(info_of(arguments).scratch_doubles(arguments.num_tasks));
 }
 
 SolverCall make_call(const SolverArguments& arguments, double* scratch) {
   SolverCall call{};
-  call.solver =
-      find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr).position;
+  call.solver = info_of(arguments).position;
   call.num_tasks = arguments.num_tasks;
   call.gram = arguments.gram;
   call.active = arguments.active;
@@ -73,8 +77,9 @@ void solve(int device, const SolverArguments& arguments, std::int64_t batch, dou
   if (batch == 0) return;
   const Plan plan = make_plan(device, arguments, batch);
   if (plan.scratch_doubles > 0 && scratch == nullptr) throw std::invalid_argument("solve needs a workspace");
-  launch(solve_kernel(), {static_cast<int>(plan.blocks), plan.threads, plan.shared_bytes, stream},
-         SolveArgs{batch, call}, "solve");
+  launch(solve_kernel(arguments.num_tasks),
+         {static_cast<int>(plan.blocks), plan.threads, plan.shared_bytes, stream}, SolveArgs{batch, call},
+         "solve");
 }
 
 }  // namespace mtl::cuda

@@ -5,15 +5,18 @@
 namespace mtl::cuda {
 namespace {
 
+template <int kMostTasks>
 __global__ void __launch_bounds__(kSolveMaxThreads) solve_batch(const __grid_constant__ SolveArgs args) {
   for (std::int64_t index = blockIdx.x; index < args.batch; index += gridDim.x) {
-    solve_problem(args.call, index);
+    solve_problem<kMostTasks>(args.call, index);
     __syncthreads();
   }
 }
 
 }  // namespace
 
-void (*solve_kernel())(SolveArgs) { return solve_batch; }
+void (*solve_kernel(int num_tasks))(SolveArgs) {
+  return num_tasks <= kWarp ? solve_batch<kWarp> : solve_batch<kMaxTasks>;
+}
 
 }  // namespace mtl::cuda

@@ -10,8 +10,8 @@ struct SolveArgs {
   SolverCall call;
 };
 
-constexpr int kSolveMaxThreads = 128;
+constexpr int kSolveMaxThreads = 256;
 
-void (*solve_kernel())(SolveArgs);
+void (*solve_kernel(int num_tasks))(SolveArgs);
 
 }  // namespace mtl::cuda

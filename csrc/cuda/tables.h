@@ -6,22 +6,20 @@
 
 namespace mtl::cuda {
 
-// The columns of one parameter, cut into tiles that are numbered on from `first_tile` in its list.
-struct Span {
-  std::int64_t param;
-  std::int64_t first_tile;
-  std::int64_t columns;
+// Columns of one parameter that a block takes at a time. 16 bytes, which a thread loads at once.
+struct alignas(16) Tile {
+  std::int64_t begin;
+  std::int32_t columns;
+  std::int32_t param;
 };
 
-// Every `stride`-th tile, from `first_tile` on, of a list of spans of one group and one dtype: what one block
-// sums up on its own. Blocks side by side thus read memory side by side.
+// Every `stride`-th tile from `first_tile` on and before `end_tile`, all of one group and one dtype: what one
+// block sums up on its own. Slices that take turns read neighbouring memory at the same time.
 struct Slice {
-  std::int64_t first_span;
-  std::int64_t num_spans;
   std::int64_t first_tile;
+  std::int64_t end_tile;
   std::int64_t stride;
-  std::int64_t num_tiles;  // of the whole list
-  std::int64_t columns;    // of the whole list
+  std::int64_t columns;  // of all the slices that take turns
   std::int64_t group;
   std::int64_t pod;
 };

@@ -17,14 +17,15 @@ struct Result {
   std::vector<std::int64_t> rng;
 };
 
+constexpr std::int64_t kSliceWords = sizeof(mtl::cuda::Slice) / sizeof(std::int64_t);
+
 // Lets a plan take its groups for so long that 16-bit rows are summed in float, without that many columns.
 void pretend_long(const Table& table, const GramPlan& plan, std::vector<std::int64_t>* words) {
   const std::int64_t pods = plan.num_counters() - table.num_groups - 1;
   const std::int64_t slices = plan.sum_doubles() / mtl::cuda::num_pairs(table.num_tasks) - pods;
-  const auto spans = std::count_if(table.params.begin(), table.params.end(),
-                                   [](const Param& param) { return param.columns > 0; });
-  std::int64_t* at = words->data() + spans * sizeof(mtl::cuda::Span) / sizeof(std::int64_t);
-  for (std::int64_t n = 0; n < slices; ++n, at += sizeof(mtl::cuda::Slice) / sizeof(std::int64_t)) {
+  const std::int64_t after = 2 * pods + 2 * table.num_groups;  // words
+  std::int64_t* at = words->data() + words->size() - after - slices * kSliceWords;
+  for (std::int64_t n = 0; n < slices; ++n, at += kSliceWords) {
     mtl::cuda::Slice slice;
     std::memcpy(&slice, at, sizeof slice);
     expect(slice.group >= 0 && slice.group < table.num_groups && slice.columns <= 1 << 20,
@@ -212,6 +213,14 @@ void test_odd_tile(DType dtype, int K, int offset, int tile, double scale) {
   expect_gram(table, run(table, {}, true).gram, 1e-15L);
 }
 
+// One element of the last row is not zero, and too small to be squared in float.
+void test_lone_element(DType dtype, int K, int offset, std::int64_t column) {
+  const Table table = tiled(dtype, K, offset, [&](int k, int, std::int64_t n) {
+    return k < K - 1 ? draw_exact() : n == column ? 0x1p-80 : 0.0;
+  });
+  expect_gram(table, run(table, {}, true).gram, 1e-15L);
+}
+
 // An element of the last row is not finite, of columns that the first row has no part in.
 void test_not_finite(DType dtype, int K, double value) {
   const std::int64_t step = mtl::cuda::gram_kernel(dtype, K).step_columns;
@@ -240,8 +249,8 @@ void test_gram(DType dtype) {
   const bool every = dtype == DType::kFloat32 || dtype == DType::kBFloat16;
   const std::vector<int> sizes =
       kForRaces ? std::vector<int>{3, 8, 9, 33, 65}
-      : every   ? std::vector<int>{1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 40, 48, 49, 64, 65, 96, 97, 128}
-                : std::vector<int>{2, 5, 8, 9, 16, 31, 33, 48, 64, 65, 97};
+      : every   ? std::vector<int>{1, 2, 3, 5, 6, 7, 8, 9, 16, 17, 31, 33, 40, 48, 49, 64, 65, 96, 97, 128}
+                : std::vector<int>{2, 5, 7, 9, 16, 31, 33, 48, 64, 65, 97};
   for (const int K : sizes) test_borders(dtype, K);
   for (const int K : kForRaces ? std::vector<int>{4, 9} : std::vector<int>{1, 4, 9, 33})
     test_many_blocks(dtype, K);
@@ -297,6 +306,11 @@ void test_gram_range(DType dtype) {
         name_case(tile == 0 ? "large in tile 0" : "large in a later tile", dtype, K);
         test_odd_tile(dtype, K, offset, tile, 0x1p70);
       }
+    }
+    if (dtype == DType::kBFloat16) {
+      name_case("a lone element", dtype, K);
+      for (std::int64_t column = 0; column < 16; ++column) test_lone_element(dtype, K, 0, 32 + column);
+      test_lone_element(dtype, K, 8, 5);
     }
     name_case("not finite", dtype, K);
     for (const double value :

@@ -12,7 +12,34 @@ namespace {
 
 using namespace mtl::cuda;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+// The tiles of one kind and group: all columns of its parameters once, the whole tiles first.
+void check_tiles(const Plan& plan, const Slice& list, std::int64_t begin, const Shape& shape,
+                 std::map<std::int64_t, const Item*>* left, int kind) {
+  std::map<std::int64_t, std::int64_t> next;  // column, by parameter
+  std::vector<Tile> tiles(plan.tiles.begin() + begin, plan.tiles.begin() + list.end_tile);
+  std::int32_t width = 0, before = INT32_MAX;
+  for (const Tile& tile : tiles) {
+    expect(tile.columns > 0 && tile.columns <= before, "from long to short");
+    width = std::max(width, tile.columns);
+    before = tile.columns;
+  }
+  expect(width <= shape.step_columns * shape.max_steps, "tiles are not too long");
+  std::sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.begin < b.begin; });
+  for (const Tile& tile : tiles) {
+    expect(tile.begin == next[tile.param] && tile.begin % shape.step_columns == 0, "tiles side by side");
+    next[tile.param] += tile.columns;
+  }
+  std::int64_t columns = 0;
+  for (const auto& [param, end] : next) {
+    const auto item = left->find(param);
+    expect(item != left->end() && item->second->kind == kind && item->second->group == list.group &&
+               item->second->columns == end,
+           "every parameter once, with its kind and group");
+    left->erase(item);
+    columns += end;
+  }
+  expect(columns == list.columns, "the number of columns");
+}
 
 void check(const std::vector<Item>& items, std::int64_t num_groups, const std::vector<Shape>& shapes) {
   const Plan plan = make_plan(items, num_groups, shapes);
@@ -21,51 +48,37 @@ void check(const std::vector<Item>& items, std::int64_t num_groups, const std::v
     if (item.columns > 0) left[item.param] = &item;
 
   std::set<int> kinds;
-  std::int64_t next_slice = 0;
-  std::size_t next_span = 0;
+  std::int64_t next_slice = 0, next_tile = 0;
   for (const Part& part : plan.parts) {
     const Shape& shape = shapes[part.kind];
     expect(kinds.insert(part.kind).second && part.first_slice == next_slice && part.num_slices > 0,
            "one part a kind, side by side");
     next_slice += part.num_slices;
-    expect(part.tile_columns % shape.step_columns == 0 && part.tile_columns >= shape.step_columns &&
-               part.tile_columns <= shape.step_columns * shape.max_steps,
-           "tiles are whole steps");
     std::set<std::int64_t> lists;
-    std::int64_t strides = 0, tiles = 0;
+    std::int64_t strides = 0;
+    const std::int64_t first_tile = next_tile;
     for (std::int64_t n = part.first_slice; n < next_slice;) {
       const Slice list = plan.slices[n];
-      expect(lists.insert(list.group).second, "one list of tiles for each group");
-      expect(list.stride >= 1 && list.stride <= std::max<std::int64_t>(list.num_tiles, 1),
-             "no slice without a tile");
-      for (std::int64_t first = 0; first < list.stride; ++first, ++n) {
+      const std::int64_t begin = next_tile, count = list.end_tile - begin;
+      expect(lists.insert(list.group).second && count >= 0, "one list of tiles for each group");
+      expect(list.stride >= 1 && list.stride <= std::max<std::int64_t>(count, 1), "no slice without a tile");
+      for (std::int64_t turn = 0; turn < list.stride; ++turn, ++n) {
         const Slice& slice = plan.slices[n];
-        expect(slice.first_tile == first && slice.stride == list.stride &&
-                   slice.num_tiles == list.num_tiles && slice.first_span == list.first_span &&
-                   slice.num_spans == list.num_spans && slice.group == list.group,
+        expect(slice.first_tile == begin + turn && slice.stride == list.stride &&
+                   slice.end_tile == list.end_tile && slice.columns == list.columns &&
+                   slice.group == list.group,
                "slices of a list take turns");
       }
-      expect(list.first_span == static_cast<std::int64_t>(next_span), "lists of spans side by side");
-      std::int64_t tile = 0;
-      for (std::int64_t s = 0; s < list.num_spans; ++s, ++next_span) {
-        const Span& span = plan.spans[next_span];
-        const auto item = left.find(span.param);
-        expect(item != left.end() && item->second->kind == part.kind && item->second->group == list.group &&
-                   item->second->columns == span.columns,
-               "every parameter once, with its kind and group");
-        left.erase(item);
-        expect(span.first_tile == tile, "tiles are numbered on");
-        tile += ceil_div(span.columns, part.tile_columns);
-      }
-      expect(tile == list.num_tiles, "the number of tiles");
+      check_tiles(plan, list, begin, shape, &left, part.kind);
+      next_tile = list.end_tile;
       strides += list.stride;
-      tiles += tile;
     }
     const auto num_lists = static_cast<std::int64_t>(lists.size());
     expect(strides <= shape.blocks + num_lists, "about one wave of slices");
-    expect(strides >= std::min(shape.blocks, tiles) - num_lists, "enough slices for every block");
+    expect(strides >= std::min(shape.blocks, next_tile - first_tile) - num_lists,
+           "enough slices for every block");
   }
-  expect(left.empty() && next_span == plan.spans.size(), "every column");
+  expect(left.empty() && next_tile == static_cast<std::int64_t>(plan.tiles.size()), "every column");
   expect(next_slice == static_cast<std::int64_t>(plan.slices.size()), "every slice");
 
   expect(static_cast<std::int64_t>(plan.groups.size()) == num_groups, "every group");
@@ -89,13 +102,39 @@ void check(const std::vector<Item>& items, std::int64_t num_groups, const std::v
          "every pod and slice");
 }
 
+// Steps of the block that has most to do, when there is one parameter.
+std::int64_t longest(std::int64_t columns, const Shape& shape) {
+  const Plan plan = make_plan({{0, columns, 0, 0}}, 1, {shape});
+  std::int64_t most = 0;
+  for (const Slice& slice : plan.slices) {
+    std::int64_t steps = 0;
+    for (std::int64_t tile = slice.first_tile; tile < slice.end_tile; tile += slice.stride)
+      steps += (plan.tiles[tile].columns + shape.step_columns - 1) / shape.step_columns;
+    most = std::max(most, steps);
+  }
+  return most;
+}
+
+// Work that is no multiple of what all blocks take at a time is still dealt evenly.
+void check_balance() {
+  const Shape shape = {512, 8, 396};
+  for (const double steps : {0.3, 1.0, 2.1, 4.93, 8.0, 8.1, 12.5, 16.1, 100.3}) {
+    context() = "plan, " + std::to_string(steps) + " steps a block";
+    const auto columns =
+        static_cast<std::int64_t>(steps * static_cast<double>(shape.blocks * shape.step_columns));
+    const double rounds = std::ceil(steps / static_cast<double>(shape.max_steps));
+    expect(static_cast<double>(longest(columns, shape)) <= std::ceil(steps) + rounds, "no round in vain");
+  }
+}
+
 }  // namespace
 
 void test_plan() {
+  check_balance();
   check({}, 1, {{32, 8, 4}});
   check({}, 3, {{32, 8, 4}, {1, 1, 1}});
   check({{7, 0, 1, 1}}, 2, {{32, 8, 4}, {16, 4, 6}});
-  check({{0, std::int64_t{1} << 41, 0, 0}, {1, 5, 0, 0}}, 1, {{2048, 2, 1000}});
+  check({{0, std::int64_t{1} << 33, 0, 0}, {1, 5, 0, 0}}, 1, {{2048, 8, 1000}});
   for (int round = 0; round < 300; ++round) {
     context() = "plan, round " + std::to_string(round);
     std::vector<Shape> shapes;

@@ -85,15 +85,58 @@ void test_solve() {
   check(solvers[2], 4, 1, 1);
 }
 
+// GPUs for consumers have 99 KB of shared memory for a block.
+void test_small_devices() {
+  emulation::Options& set = emulation::options();
+  const int room = std::exchange(set.shared_bytes_opt_in, 99 << 10);
+  for (const DType dtype : kDTypes) {
+    for (int K = 1; K <= mtl::kMaxTasks; ++K) {
+      const Table table(K, 1, {{dtype, 8}});
+      mtl::cuda::GramPlan(0, table.rows(), 1);
+      mtl::cuda::CombinePlan(0, table.rows(), 1, {static_cast<int>(dtype)});
+    }
+  }
+  set.shared_bytes_opt_in = room;
+}
+
+// Whatever context a thread has, it has again after a call: none as well.
+void test_context() {
+  const auto get_context = mtl::cuda::driver_function<int(void**)>("cuCtxGetCurrent");
+  const auto set_context = mtl::cuda::driver_function<int(void*)>("cuCtxSetCurrent");
+  char other;
+  for (void* before : {static_cast<void*>(nullptr), static_cast<void*>(&other)}) {
+    set_context(before);
+    {
+      const mtl::cuda::DeviceGuard guard(0);
+      void* now = nullptr;
+      get_context(&now);
+      expect(now != nullptr && now != &other, "the context of the device");
+    }
+    void* after = nullptr;
+    get_context(&after);
+    expect(after == before, "the context from before");
+  }
+  set_context(nullptr);
+}
+
 void test_errors() {
+  test_context();
+  test_small_devices();
   using mtl::cuda::GramPlan;
   const Table table(2, 1, {{DType::kFloat32, 8}});
   const mtl::RowTable rows = table.rows();
   expect_error<std::runtime_error>("cudaSetDevice", [&] { GramPlan(1, rows, 1); });
   emulation::Options& set = emulation::options();
   set.blocks_per_multiprocessor = 0;
-  expect_error<std::runtime_error>("does not fit this device", [&] { GramPlan(0, rows, 1); });
+  expect_error<std::runtime_error>("use backend='triton'", [&] { GramPlan(0, rows, 1); });
   set.blocks_per_multiprocessor = 2;
+  {
+    const Table wide(128, 1, {{DType::kFloat32, 8}});
+    const int room = std::exchange(set.shared_bytes_opt_in, 48 << 10);
+    expect_error<std::runtime_error>("bytes of shared memory, and this device has",
+                                     [&] { GramPlan(0, wide.rows(), 1); });
+    set.shared_bytes_opt_in = room;
+  }
   set.device_error = cudaErrorInsufficientDriver;
   expect_error<std::runtime_error>("update the driver", [&] { GramPlan(0, rows, 1); });
   set.device_error = cudaSuccess;
@@ -136,9 +179,9 @@ void test_errors() {
   solver.options = {1, 0};
   expect_error<std::invalid_argument>("needs an rng state", [&] { mtl::cuda::solve_scratch(0, solver, 1); });
 
-  const int room = set.shared_bytes_opt_in;
-  set.shared_bytes_opt_in = 1 << 10;
+  const int room = std::exchange(set.shared_bytes_opt_in, 1 << 10);
   solver.options = {0, 0};
+  solver.num_tasks = 20;
   expect_error<std::invalid_argument>("needs a workspace",
                                       [&] { mtl::cuda::solve(0, solver, 1, nullptr, nullptr); });
   set.shared_bytes_opt_in = room;
@@ -146,7 +189,7 @@ void test_errors() {
   const Table wide(128, 1, {{DType::kFloat32, 8}});
   const GramPlan wide_plan(0, wide.rows(), 1);
   solver.num_tasks = 128;
-  expect(wide_plan.scratch_doubles(solver) > 0, "147 KB are more than a gram kernel's shared memory");
+  expect(wide_plan.scratch_doubles(solver) > 0, "131 KB are more than a gram kernel's shared memory");
   expect_error<std::invalid_argument>("needs a workspace", [&] {
     mtl::cuda::GramCall{wide_plan,
                         wide.pointers().data(),

@@ -96,6 +96,13 @@ class ThreadTeam {
   }
   bool any(bool x) const { return sum(x) > 0; }
 
+  static constexpr int kLanes = 1;  // every thread is a squad
+  int squad() const { return rank_; }
+  int num_squads() const { return size_; }
+  int lane() const { return 0; }
+  double from_lane(double x, int) const { return x; }
+  unsigned least(unsigned x) const { return x; }
+
  private:
   std::vector<mtl::IndexedValue> exchange(mtl::IndexedValue mine) const {
     shared_->slots[static_cast<std::size_t>(rank_)] = mine;

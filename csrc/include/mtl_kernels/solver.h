@@ -3,6 +3,7 @@
 // What every solver reads and writes. A solver is a struct with
 //   static constexpr const char* name;
 //   static constexpr int num_options;
+//   static constexpr bool independent_rows;  whether it deals rows to squads, so that a larger team is faster
 //   MTL_HD static bool needs_rng(const double* options);
 //   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks);
 //   template <class Team> MTL_HD static void solve(const Team& team, const Problem& problem);

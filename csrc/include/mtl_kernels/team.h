@@ -3,6 +3,9 @@
 // The workers that solve one small problem together. Solvers are templates over a Team, so the same lines run
 // serially on a CPU and, with a warp or block team, on a GPU. Every rank calls every collective, in the same
 // order; a collective is a barrier as well.
+//
+// Work on rows that do not depend on each other is dealt to squads instead. The kLanes lanes of a squad go in
+// lockstep, and lane l keeps the l-th of kLanes equal parts of a row. What they exchange is no barrier.
 
 #include <math.h>
 
@@ -35,6 +38,13 @@ struct SerialTeam {
   MTL_HD double min(double x) const { return x; }
   MTL_HD IndexedValue argmin(double value, int index) const { return {value, index}; }
   MTL_HD bool any(bool x) const { return x; }
+
+  static constexpr int kLanes = 1;
+  MTL_HD int squad() const { return 0; }
+  MTL_HD int num_squads() const { return 1; }
+  MTL_HD int lane() const { return 0; }
+  MTL_HD double from_lane(double x, int) const { return x; }
+  MTL_HD unsigned least(unsigned x) const { return x; }  // of the squad
 };
 
 }  // namespace mtl

@@ -99,6 +99,11 @@ inline int __any_sync(unsigned mask, int predicate, emulation::Where where = emu
 inline int __all_sync(unsigned mask, int predicate, emulation::Where where = emulation::Where::here()) {
   return __ballot_sync(mask, predicate, where) == emulation::kFullWarp;
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value,
+                                  emulation::Where where = emulation::Where::here()) {
+  const unsigned* deposits = emulation::warp_exchange(value, "__reduce_min_sync", mask, where);
+  return *std::min_element(deposits, deposits + 32);
+}
 
 inline void __threadfence() { emulation::fence(); }
 inline void __threadfence_block() { emulation::fence(); }

@@ -28,6 +28,19 @@ int dynamic_limit(const void* kernel) {
   return found != dynamic_limits().end() ? found->second : kSharedBytes;
 }
 
+char device_context;  // stands for the only one there is
+thread_local void* context = nullptr;
+
+int get_context(void** current) {
+  *current = context;
+  return 0;
+}
+
+int set_context(void* wanted) {
+  context = wanted;
+  return 0;
+}
+
 cudaError_t device_error() { return emulation::remember(emulation::options().device_error); }
 
 }  // namespace
@@ -105,7 +118,18 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? device_error() : emulation::remember(cudaErrorInvalidDevice);
+  if (device != 0) return emulation::remember(cudaErrorInvalidDevice);
+  context = &device_context;
+  return device_error();
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long, cudaDriverEntryPointQueryResult* result) {
+  *function = std::strcmp(symbol, "cuCtxGetCurrent") == 0   ? reinterpret_cast<void*>(get_context)
+              : std::strcmp(symbol, "cuCtxSetCurrent") == 0 ? reinterpret_cast<void*>(set_context)
+                                                            : nullptr;
+  *result = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {

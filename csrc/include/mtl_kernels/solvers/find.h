@@ -13,6 +13,7 @@ namespace mtl {
 struct SolverInfo {
   int position = -1;  // in AllSolvers
   std::size_t num_options = 0;
+  bool independent_rows = false;
   bool (*needs_rng)(const double*) = nullptr;
   std::size_t (*scratch_doubles)(int) = nullptr;
 };
@@ -33,9 +34,9 @@ template <class... Solvers>
 SolverInfo find_solver(const std::string& name, SolverList<Solvers...>) {
   SolverInfo found;
   int position = 0;
-  ((name == Solvers::name
-        ? void(found = {position, Solvers::num_options, needs_rng_of<Solvers>, scratch_doubles_of<Solvers>})
-        : void(),
+  ((name == Solvers::name ? void(found = {position, Solvers::num_options, Solvers::independent_rows,
+                                          needs_rng_of<Solvers>, scratch_doubles_of<Solvers>})
+                          : void(),
     ++position),
    ...);
   return found;

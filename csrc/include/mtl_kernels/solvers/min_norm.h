@@ -22,6 +22,7 @@ namespace mtl {
 struct MinNorm {
   static constexpr const char* name = "min_norm";
   static constexpr int num_options = 3;
+  static constexpr bool independent_rows = false;
   MTL_HD static bool needs_rng(const double*) { return false; }
 
   // The factor, seven vectors of the exact solver, and two of int (75 KB at K = 128).

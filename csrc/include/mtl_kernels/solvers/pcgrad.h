@@ -19,37 +19,29 @@ struct Pcgrad {
   static constexpr int num_options = 2;
   MTL_HD static bool needs_rng(const double* options) { return options[0] != 0.0; }
 
-  // K rows of v, and K rows of visiting order in bytes, so that every task may have a rank of its own (147 KB
-  // at K = 128).
+  static constexpr bool independent_rows = true;
+
+  // The coefficients c_ij (131 KB at K = 128).
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
-    const auto k = static_cast<std::size_t>(num_tasks);
-    return k * k + (k * k + 7) / 8;
+    return static_cast<std::size_t>(num_tasks) * static_cast<std::size_t>(num_tasks);
   }
 
   template <class Team>
   MTL_HD static void solve(const Team& team, const Problem& p) {
     const int num_active = begin(team, p);
     if (num_active == 0) return;
-    const int num_tasks = p.num_tasks;
-    const bool random = needs_rng(p.options);
-    double* coefficients = p.scratch;
-    auto* orders =
-        reinterpret_cast<unsigned char*>(p.scratch + static_cast<std::ptrdiff_t>(num_tasks) * num_tasks);
-    for (int i = team.rank(); i < num_tasks; i += team.size()) {
-      if (!p.is_active(i)) continue;
-      const std::ptrdiff_t offset = static_cast<std::ptrdiff_t>(i) * num_tasks;
-      double* row = coefficients + offset;
-      const int others =
-          random ? random_order(p, i, row, orders + offset) : fixed_order(p, i, orders + offset);
-      project(p, i, orders + offset, others, row);
+    for (int i = team.squad(); i < p.num_tasks; i += team.num_squads()) {
+      if (p.is_active(i))
+        Projection<Team>(team, p, i)
+            .run(num_active - 1, p.scratch + static_cast<std::ptrdiff_t>(i) * p.num_tasks);
     }
     team.sync();
     const double scale = p.options[1] != 0.0 ? 1.0 / num_active : 1.0;
-    for (int j = team.rank(); j < num_tasks; j += team.size()) {
+    for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
       double total = 0.0;
       if (p.is_active(j)) {
-        for (int i = 0; i < num_tasks; ++i) {
-          if (p.is_active(i)) total += coefficients[static_cast<std::ptrdiff_t>(i) * num_tasks + j];
+        for (int i = 0; i < p.num_tasks; ++i) {
+          if (p.is_active(i)) total += p.scratch[static_cast<std::ptrdiff_t>(i) * p.num_tasks + j];
         }
       }
       p.weights[j] = total * scale;
@@ -59,53 +51,98 @@ struct Pcgrad {
   }
 
  private:
-  MTL_HD static int fixed_order(const Problem& p, int task, unsigned char* order) {
-    int count = 0;
-    for (int j = 0; j < p.num_tasks; ++j) {
-      if (j != task && p.is_active(j)) order[count++] = static_cast<unsigned char>(j);
-    }
-    return count;
-  }
+  static constexpr unsigned kMet = ~0u;  // also a key, but then the last one
 
-  // `keys` is K doubles of room: a 32-bit key is exact in a double, and the row it stands in is not used yet.
-  MTL_HD static int random_order(const Problem& p, int task, double* keys, unsigned char* order) {
-    int count = 0;
-    for (int first = 0; first < p.num_tasks; first += 4) {
-      const auto position = static_cast<std::uint32_t>(task * 32 + first / 4);
-      const Philox4 words = philox_at(p.rng, static_cast<std::uint32_t>(p.index), position);
-      for (int j = first; j < first + 4 && j < p.num_tasks; ++j) {
-        keys[count] = (words.word[j - first] & ~127u) | static_cast<std::uint32_t>(j);
-        count += j != task && p.is_active(j);
+  // One task's gradient on its way past the others, in the lanes of a squad.
+  template <class Team>
+  class Projection {
+   public:
+    MTL_HD Projection(const Team& team, const Problem& p, int task)
+        : team_(team), p_(p), task_(task), first_(team.lane() * kPart) {
+      const int left = p.num_tasks - first_;
+      own_ = left < 0 ? 0 : left < kPart ? left : kPart;
+      const bool random = needs_rng(p.options);
+      Philox4 words{};
+      if (!kSerial) {
+        for (int s = 0; s < kPart; ++s) {
+          v_[s] = 0.0;
+          keys_[s] = kMet;
+        }
+      }
+      for (int s = 0; s < bound(); ++s) {
+        const int j = first_ + s;
+        if (!kSerial && s >= own_) continue;
+        if (random && s % 4 == 0)
+          words = philox_at(p.rng, static_cast<std::uint32_t>(p.index),
+                            static_cast<std::uint32_t>(task * 32 + j / 4));
+        const unsigned key = (random ? words.word[s % 4] & ~127u : 0u) | static_cast<unsigned>(j);
+        keys_[s] = j != task && p.is_active(j) ? key : kMet;
+        v_[s] = p.row(task)[j];
+      }
+      if (kSerial) sort_keys();
+    }
+
+    MTL_HD void run(int others, double* coefficients) {
+      for (int n = 0; n < others; ++n) {
+        const int j = next(n);
+        const double* other = p_.row(j);
+        const double product = element(j);
+        const bool conflict = product < 0.0 && other[j] > 0.0;
+        const double factor = conflict ? product / other[j] : 0.0;
+        if (conflict) {
+          for (int s = 0; s < bound(); ++s)
+            if (kSerial || s < own_) v_[s] -= factor * other[first_ + s];
+        }
+        if (j / kPart == team_.lane()) coefficients[j] = conflict ? -factor : 0.0;
+      }
+      if (task_ / kPart == team_.lane()) coefficients[task_] = 1.0;
+    }
+
+   private:
+    static constexpr bool kSerial = Team::kLanes == 1;
+    static constexpr int kPart = kMaxTasks / Team::kLanes;
+    static_assert(kPart % 4 == 0, "a lane uses all words of its Philox positions");
+
+    // Where loops over the own elements end: a constant for a squad, whose elements are then in registers.
+    MTL_HD int bound() const { return kSerial ? own_ : kPart; }
+
+    // The n-th task in the order of the keys. A squad finds it among those that are left; a single lane has
+    // sorted them.
+    MTL_HD int next(int n) {
+      if (kSerial) return static_cast<int>(keys_[n] & 127u);
+      unsigned least = kMet;
+      for (int s = 0; s < kPart; ++s) least = keys_[s] < least ? keys_[s] : least;
+      least = team_.least(least);
+      for (int s = 0; s < kPart; ++s) keys_[s] = keys_[s] == least ? kMet : keys_[s];
+      return static_cast<int>(least & 127u);
+    }
+
+    MTL_HD void sort_keys() {
+      for (int n = 1; n < own_; ++n) {
+        const unsigned key = keys_[n];
+        int at = n;
+        for (; at > 0 && keys_[at - 1] > key; --at) keys_[at] = keys_[at - 1];
+        keys_[at] = key;
       }
     }
-    for (int n = 1; n < count; ++n) {
-      const double key = keys[n];
-      int at = n;
-      for (; at > 0 && keys[at - 1] > key; --at) keys[at] = keys[at - 1];
-      keys[at] = key;
-    }
-    for (int n = 0; n < count; ++n)
-      order[n] = static_cast<unsigned char>(static_cast<std::uint32_t>(keys[n]) & 127u);
-    return count;
-  }
 
-  // Fills `row` with c_i. It starts as v; v_j is not needed once j was met, so c_ij takes its place.
-  MTL_HD static void project(const Problem& p, int task, const unsigned char* order, int others,
-                             double* row) {
-    for (int j = 0; j < p.num_tasks; ++j) row[j] = p.row(task)[j];
-    for (int n = 0; n < others; ++n) {
-      const int j = order[n];
-      const double* other = p.row(j);
-      if (!(row[j] < 0.0 && other[j] > 0.0)) {
-        row[j] = 0.0;
-        continue;
+    // v_j, from the lane that keeps it.
+    MTL_HD double element(int j) const {
+      double x = v_[0];
+      if (kSerial) {
+        x = v_[j];
+      } else {
+        for (int s = 1; s < kPart; ++s) x = j % kPart == s ? v_[s] : x;
       }
-      const double factor = row[j] / other[j];
-      for (int m = n + 1; m < others; ++m) row[order[m]] -= factor * other[order[m]];
-      row[j] = -factor;
+      return team_.from_lane(x, j / kPart);
     }
-    row[task] = 1.0;
-  }
+
+    const Team& team_;
+    const Problem& p_;
+    int task_, first_, own_;  // elements first_ .. first_ + own_ are this lane's
+    double v_[kPart];         // G c_i
+    unsigned keys_[kPart];    // of the tasks that are still to be met
+  };
 };
 
 }  // namespace mtl
