@@ -90,7 +90,7 @@ std::optional<std::string> missing() {
 std::optional<std::string> unsupported(int device) {
   const mtl::cuda::DeviceGuard guard(device);
   cudaFuncAttributes attributes;
-  const auto kernel = mtl::cuda::gram_kernel(mtl::DType::kFloat32, 2).run;
+  const auto kernel = mtl::cuda::gram_kernel(mtl::DType::kFloat32, 2, false).run;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   if (status == cudaSuccess) return std::nullopt;
   static_cast<void>(cudaGetLastError());

@@ -157,6 +157,7 @@ __device__ __forceinline__ Vector<T> gather_elements(std::uintptr_t row, int fir
 template <class T>
 __device__ __forceinline__ bool in_float_range(unsigned bits) {
   if constexpr (std::is_same_v<T, Float16>) return true;
+  if constexpr (std::is_same_v<T, float>) return (bits & 0x7fffffffu) == 0 || (bits & 0x60000000u) != 0;
   return (bits & 0x7fff7fffu) == 0 || (bits & 0x60006000u) != 0;
 }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "gram_kernels.h"
 #include "occupancy.h"
 
 namespace mtl::cuda {
@@ -10,18 +9,18 @@ namespace {
 
 constexpr int kNumDTypes = 4;
 
+// Double at half of float's rate, on GPUs for computing; at a 32nd and less on the others.
+constexpr int kFastDoubleRatio = 4;
+
 // Scratch of a solver up to here costs a gram kernel no block on any multiprocessor.
 constexpr std::size_t kSmallScratchBytes = 8 << 10;
-
-GramKernel kernel_of(const Part& part, int num_tasks) {
-  return gram_kernel(static_cast<DType>(part.kind), num_tasks);
-}
 
 }  // namespace
 
 GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
     : device_(device), num_tasks_(rows.num_tasks), num_params_(rows.num_params) {
   const DeviceGuard guard(device);
+  slow_double_ = attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device) > kFastDoubleRatio;
   std::vector<Item> items;
   std::vector<Shape> shapes(kNumDTypes, Shape{1, 1, 1});
   for (std::int64_t p = 0; p < rows.num_params; ++p) {
@@ -32,7 +31,7 @@ GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
     const bool used =
         std::any_of(items.begin(), items.end(), [&](const Item& item) { return item.kind == kind; });
     if (!used && !(items.empty() && kind == 0)) continue;
-    const GramKernel kernel = gram_kernel(static_cast<DType>(kind), num_tasks_);
+    const GramKernel kernel = kernel_of(kind);
     shapes[kind] = {
         kernel.step_columns, kernel.max_steps,
         wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes))};
@@ -43,6 +42,10 @@ GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
   slices_at_ = words_.append(plan_.slices);
   pods_at_ = words_.append(plan_.pods);
   groups_at_ = words_.append(plan_.groups);
+}
+
+GramKernel GramPlan::kernel_of(int kind) const {
+  return gram_kernel(static_cast<DType>(kind), num_tasks_, slow_double_);
 }
 
 std::int64_t GramPlan::sum_doubles() const {
@@ -64,7 +67,7 @@ std::int64_t GramPlan::scratch_doubles(const SolverArguments& solver) const {
 }
 
 std::size_t GramPlan::shared_bytes(const Part& part, std::int64_t scratch_doubles) const {
-  const std::size_t own = kernel_of(part, num_tasks_).shared_bytes;
+  const std::size_t own = kernel_of(part.kind).shared_bytes;
   return std::max(own, scratch_doubles == 0 ? kSmallScratchBytes : std::size_t{0});
 }
 
@@ -96,7 +99,7 @@ void GramCall::run(cudaStream_t stream) const {
   }
   for (std::size_t n = 0; n < plan.plan_.parts.size(); ++n) {
     const Part& part = plan.plan_.parts[n];
-    const GramKernel kernel = kernel_of(part, plan.num_tasks_);
+    const GramKernel kernel = plan.kernel_of(part.kind);
     args.first_slice = part.first_slice;
     args.num_slices = part.num_slices;
     // Whoever finishes a group runs its solver, whichever dtype it came from.

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "device.h"
+#include "gram_kernels.h"
 #include "mtl_kernels/rows.h"
 #include "plan.h"
 #include "solve.h"
@@ -23,10 +24,12 @@ class GramPlan {
 
  private:
   friend struct GramCall;
+  GramKernel kernel_of(int kind) const;
   std::size_t shared_bytes(const Part& part, std::int64_t scratch_doubles) const;
   std::int64_t max_blocks() const;
 
   int device_, num_tasks_;
+  bool slow_double_;
   std::int64_t num_params_;
   Plan plan_;
   Words words_;

@@ -16,11 +16,13 @@ struct GramKernel {
 
 constexpr int kTriangleTasks = 8;
 
-GramKernel triangle_kernel(DType dtype, int num_tasks);  // K <= kTriangleTasks
-GramKernel tensor_kernel(DType dtype, int num_tasks);    // K <= kMaxTasks
+GramKernel triangle_kernel(DType dtype, int num_tasks, bool slow_double);  // K <= kTriangleTasks
+GramKernel tensor_kernel(DType dtype, int num_tasks);                      // K <= kMaxTasks
 
-inline GramKernel gram_kernel(DType dtype, int num_tasks) {
-  return num_tasks <= kTriangleTasks ? triangle_kernel(dtype, num_tasks) : tensor_kernel(dtype, num_tasks);
+// `slow_double`: for a device whose double arithmetic is a small fraction of that in float.
+inline GramKernel gram_kernel(DType dtype, int num_tasks, bool slow_double) {
+  return num_tasks <= kTriangleTasks ? triangle_kernel(dtype, num_tasks, slow_double)
+                                     : tensor_kernel(dtype, num_tasks);
 }
 
 }  // namespace mtl::cuda

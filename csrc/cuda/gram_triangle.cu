@@ -3,9 +3,10 @@
 // A thread loads 16 bytes of every row, so a warp reads 512 bytes of each at once, and multiplies in
 // registers. Products of float and double rows are taken in double: with K <= 8 that is at most 36 fused
 // multiply-adds for 32 bytes, a third of what an A100 or H200 can do while it reads them. Products of 16-bit
-// rows are exact in float and are added there over one tile, some 32 of them, then in double. A thread whose
-// sums in float cannot be trusted (a square under- or overflowed) takes its columns of the tile again, in
-// double.
+// rows are exact in float and are added there over one tile, some 32 of them, then in double; so are those of
+// float rows, which are not exact, on devices that would take longer in double than they take to read. A
+// thread whose sums in float cannot be trusted (a square under- or overflowed) takes its columns of the tile
+// again, in double.
 #include <cfloat>
 
 #include "absent.h"
@@ -27,8 +28,8 @@ constexpr int kBatch = K <= 2   ? 4
                        : K <= 4 ? 2
                                 : 1;
 
-// Batches of a tile. For 16-bit rows a tile is also the run of sums in float, 32 products long and one more
-// where the columns end.
+// Batches of a tile, which is also the run of sums in float: 32 products long, and up to four more where the
+// columns end.
 template <class T, int K>
 constexpr int kMaxBatches = (kIsHalf<T> ? 4 : 8) / kBatch<K>;
 
@@ -100,22 +101,23 @@ struct Columns {
   }
 };
 
-template <class T, int K>
+template <class T, int K, bool kFloatSums>
 __device__ __forceinline__ void add_tile(const Columns<T, K>& columns, bool in_float,
                                          double (&sums)[kPairs<K>]) {
-  if (kIsHalf<T> && in_float) {
-    float tile_sums[kPairs<K>] = {};
-    unsigned bits[K] = {};
-    if constexpr (kIsHalf<T>)
+  if constexpr (kFloatSums) {
+    if (in_float) {
+      float tile_sums[kPairs<K>] = {};
+      unsigned bits[K] = {};
       columns.for_each_vector([&](const Vector<T>(&rows)[K]) { add_products<T, K>(rows, tile_sums, bits); });
-    bool trusted = true;
+      bool trusted = true;
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      trusted = trusted && in_float_range<T>(bits[k]) && fabsf(tile_sums[k * (k + 3) / 2]) <= FLT_MAX;
-    if (trusted) {
+      for (int k = 0; k < K; ++k)
+        trusted = trusted && in_float_range<T>(bits[k]) && fabsf(tile_sums[k * (k + 3) / 2]) <= FLT_MAX;
+      if (trusted) {
 #pragma unroll
-      for (int pair = 0; pair < kPairs<K>; ++pair) sums[pair] += static_cast<double>(tile_sums[pair]);
-      return;
+        for (int pair = 0; pair < kPairs<K>; ++pair) sums[pair] += static_cast<double>(tile_sums[pair]);
+        return;
+      }
     }
   }
   columns.for_each_vector([&](const Vector<T>(&rows)[K]) { add_products<T, K>(rows, sums); });
@@ -163,11 +165,11 @@ __device__ __forceinline__ void write_block_sums(const double (&sums)[kPairs<K>]
 }
 
 // At a time on a multiprocessor: what the registers allow.
-template <class T, int K>
-constexpr int kMinBlocks = (K <= 6 ? 4 : 3) - (kIsHalf<T> && K > 4 ? 1 : 0);
+template <int K, bool kFloatSums>
+constexpr int kMinBlocks = (K <= 6 ? 4 : 3) - (kFloatSums && K > 4 ? 1 : 0);
 
-template <class T, int K>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T, K>)
+template <class T, int K, bool kFloatSums>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<K, kFloatSums>)
     gram_triangle(const __grid_constant__ GramArgs args) {
   const int end_slice = static_cast<int>(args.first_slice + args.num_slices);
   for (int slice_number = static_cast<int>(args.first_slice + blockIdx.x); slice_number < end_slice;
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, K>)
       }
       columns.whole = any % 16 == 0 ? tile.columns / Vector<T>::kElements * Vector<T>::kElements : 0;
       columns.end = tile.columns;
-      add_tile<T, K>(columns, in_float, sums);
+      add_tile<T, K, kFloatSums>(columns, in_float, sums);
     }
     double* out = args.slice_sums + static_cast<std::int64_t>(slice_number) * num_pairs(args.num_tasks);
     write_block_sums<K>(sums, args.num_tasks, out);
@@ -197,23 +199,26 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, K>)
   }
 }
 
-template <class T, int K>
+template <class T, int K, bool kFloatSums>
 GramKernel kernel() {
-  return {gram_triangle<T, K>, kThreads, 0, kBatch<K> * kStep<T>, kMaxBatches<T, K>};
+  return {gram_triangle<T, K, kFloatSums>, kThreads, 0, kBatch<K> * kStep<T>, kMaxBatches<T, K>};
 }
 
-template <class T>
+template <class T, bool kFloatSums>
 GramKernel kernel_for(int num_tasks) {
-  if (num_tasks <= 2) return kernel<T, 2>();
-  if (num_tasks <= 4) return kernel<T, 4>();
-  if (num_tasks <= 6) return kernel<T, 6>();
-  return kernel<T, 8>();
+  if (num_tasks <= 2) return kernel<T, 2, kFloatSums>();
+  if (num_tasks <= 4) return kernel<T, 4, kFloatSums>();
+  if (num_tasks <= 6) return kernel<T, 6, kFloatSums>();
+  return kernel<T, 8, kFloatSums>();
 }
 
 }  // namespace
 
-GramKernel triangle_kernel(DType dtype, int num_tasks) {
-  return with_element(dtype, [&](auto element) { return kernel_for<decltype(element)>(num_tasks); });
+GramKernel triangle_kernel(DType dtype, int num_tasks, bool slow_double) {
+  if (dtype == DType::kFloat32 && slow_double) return kernel_for<float, true>(num_tasks);
+  return with_element(dtype, [&](auto element) {
+    return kernel_for<decltype(element), kIsHalf<decltype(element)>>(num_tasks);
+  });
 }
 
 }  // namespace mtl::cuda

@@ -174,9 +174,11 @@ def launch_shapes() -> dict[str, int]:
         int main() {
           for (int dtype = 0; dtype < 4; ++dtype) {
             for (int K = 1; K <= mtl::kMaxTasks; ++K) {
-              const auto kernel = mtl::cuda::gram_kernel(static_cast<mtl::DType>(dtype), K);
-              const auto& symbols = emulation::symbols_of(reinterpret_cast<const void*>(kernel.run));
-              std::printf("%zu %s\n", kernel.shared_bytes, symbols.name.c_str());
+              for (bool slow_double : {false, true}) {
+                const auto kernel = mtl::cuda::gram_kernel(static_cast<mtl::DType>(dtype), K, slow_double);
+                const auto& symbols = emulation::symbols_of(reinterpret_cast<const void*>(kernel.run));
+                std::printf("%zu %s\n", kernel.shared_bytes, symbols.name.c_str());
+              }
             }
           }
         }"""

@@ -35,6 +35,10 @@ void pretend_long(const Table& table, const GramPlan& plan, std::vector<std::int
   }
 }
 
+mtl::cuda::GramKernel kernel_of(DType dtype, int K) {
+  return mtl::cuda::gram_kernel(dtype, K, emulation::options().single_to_double_ratio > 4);
+}
+
 struct Behind {  // what gram is followed by
   bool statistics = false;
   const SolverCase* solver = nullptr;
@@ -132,7 +136,7 @@ void expect_statistics(const Table& table, const Result& result) {
 
 // Sizes on both sides of every border in a kernel: vectors, steps or stages, tiles.
 std::vector<std::int64_t> border_sizes(DType dtype, int K) {
-  const mtl::cuda::GramKernel kernel = mtl::cuda::gram_kernel(dtype, K);
+  const mtl::cuda::GramKernel kernel = kernel_of(dtype, K);
   const std::int64_t vector = 16 / mtl::item_size(dtype), step = kernel.step_columns,
                      tile = step * kernel.max_steps;
   if (kForRaces) return {0, vector + 1, step + vector - 1, tile, tile + 1};
@@ -168,7 +172,7 @@ void test_borders(DType dtype, int K) {
 void test_many_blocks(DType dtype, int K) {
   name_case("many blocks", dtype, K);
   set_device(20, 2);
-  const std::int64_t step = mtl::cuda::gram_kernel(dtype, K).step_columns;
+  const std::int64_t step = kernel_of(dtype, K).step_columns;
   const Table table(K, 2, {{dtype, 33 * step + 1, 0}, {dtype, 3, 1}, {dtype, 17 * step - 1, 0}});
   expect_gram(table, run(table).gram, 0);
 }
@@ -189,7 +193,7 @@ constexpr int kTiles = 3;
 // Two tiles and a bit, of which `value` learns the number.
 Table tiled(DType dtype, int K, int offset,
             const std::function<double(int k, int tile, std::int64_t n)>& value) {
-  const mtl::cuda::GramKernel kernel = mtl::cuda::gram_kernel(dtype, K);
+  const mtl::cuda::GramKernel kernel = kernel_of(dtype, K);
   const std::int64_t tile = kernel.step_columns * kernel.max_steps;
   return {K,
           1,
@@ -221,9 +225,26 @@ void test_lone_element(DType dtype, int K, int offset, std::int64_t column) {
   expect_gram(table, run(table, {}, true).gram, 1e-15L);
 }
 
+// Rows that differ by a thousandth keep the length of their difference.
+void test_near_parallel(DType dtype, int K) {
+  std::vector<double> first;
+  const Table table(K, 1, {{dtype, mtl::cuda::kFloatColumns}}, all_reach,
+                    [&](int k, std::size_t, std::int64_t n) {
+                      if (k == 0) first.push_back(draw_normal());
+                      return first[static_cast<std::size_t>(n)] + (k == 0 ? 0.0 : 1e-3 * draw_normal());
+                    });
+  const std::vector<double> gram = run(table).gram;
+  const Table::Grams grams = table.grams();
+  for (int i = 1; i < K; ++i) {
+    const double difference = gram[0] + gram[i * K + i] - 2 * gram[i];
+    const auto exact = static_cast<double>(grams.exact[0] + grams.exact[i * K + i] - 2 * grams.exact[i]);
+    expect(std::fabs(difference - exact) < 0.05 * exact, "the difference of rows that are nearly parallel");
+  }
+}
+
 // An element of the last row is not finite, of columns that the first row has no part in.
 void test_not_finite(DType dtype, int K, double value) {
-  const std::int64_t step = mtl::cuda::gram_kernel(dtype, K).step_columns;
+  const std::int64_t step = kernel_of(dtype, K).step_columns;
   const Table table(
       K, 1, {{dtype, 20}, {dtype, step + 9}, {dtype, 5}},
       [](int k, std::size_t p) { return k > 0 || p != 1; },
@@ -280,14 +301,22 @@ void test_gram_mixed() {
 
 void test_gram_range(DType dtype) {
   set_device(1, 1);
-  const bool half = mtl::item_size(dtype) == 2;
+  const bool slow_double = emulation::options().single_to_double_ratio > 4;
   // Of sums of at most 128 products in float, cut off where they are on the tensor cores; of sums in double.
   const double in_float = 0x1p-17, in_double = 1e-13;
-  for (const int K : kForRaces ? std::vector<int>{8, 9} : std::vector<int>{2, 8, 9, 32, 33, 64, 65}) {
+  const auto sums_in_float = [&](int K) {
+    return mtl::item_size(dtype) == 2 ||
+           (dtype == DType::kFloat32 && slow_double && K <= mtl::cuda::kTriangleTasks);
+  };
+  const std::vector<int> sizes = slow_double ? std::vector<int>{2, 4, 6, 8}
+                                 : kForRaces ? std::vector<int>{8, 9}
+                                             : std::vector<int>{2, 8, 9, 32, 33, 64, 65};
+  for (const int K : sizes) {
+    const bool in_runs = sums_in_float(K);
     for (const int offset : {0, 8}) {
       if (offset > 0 && K > 9) continue;
       name_case("range", dtype, K);
-      test_scale(dtype, K, offset, 1, 1, half ? in_float : in_double);
+      test_scale(dtype, K, offset, 1, 1, in_runs ? in_float : in_double);
       if (dtype == DType::kFloat16) {
         test_scale(dtype, K, offset, 1e-7, 1, in_float);
         test_scale(dtype, K, offset, 1e4, 1e-6, in_float);
@@ -299,7 +328,7 @@ void test_gram_range(DType dtype) {
       test_scale(dtype, K, offset, small, 1, in_double);
       test_scale(dtype, K, offset, large, small, in_double);
       if (dtype == DType::kBFloat16) test_scale(dtype, K, offset, 1e-39, 1, in_double);  // subnormal
-      if (!half) continue;
+      if (!in_runs) continue;
       for (int tile = 0; tile < kTiles; ++tile) {
         name_case(tile == 0 ? "small in tile 0" : "small in a later tile", dtype, K);
         test_odd_tile(dtype, K, offset, tile, 0x1p-90);
@@ -307,20 +336,25 @@ void test_gram_range(DType dtype) {
         test_odd_tile(dtype, K, offset, tile, 0x1p70);
       }
     }
-    if (dtype == DType::kBFloat16) {
+    if (dtype == DType::kBFloat16 || slow_double) {
       name_case("a lone element", dtype, K);
       for (std::int64_t column = 0; column < 16; ++column) test_lone_element(dtype, K, 0, 32 + column);
       test_lone_element(dtype, K, 8, 5);
+    }
+    if (dtype == DType::kFloat32 && !kForRaces && K <= 8) {
+      name_case("near-parallel", dtype, K);
+      test_near_parallel(dtype, K);
     }
     name_case("not finite", dtype, K);
     for (const double value :
          {static_cast<double>(INFINITY), static_cast<double>(-INFINITY), static_cast<double>(NAN)})
       test_not_finite(dtype, K, value);
   }
-  if (!half || kForRaces) return;
+  if (!sums_in_float(2) || kForRaces) return;
   // Sums in float only where a group has many columns.
   for (const std::int64_t columns : {mtl::cuda::kFloatColumns - 1, mtl::cuda::kFloatColumns}) {
     for (const int K : {2, 9}) {
+      if (!sums_in_float(K)) continue;
       name_case("many columns", dtype, K);
       const Table table(K, 1, {{dtype, columns - 9}, {dtype, 9}}, all_reach,
                         [](int, std::size_t, std::int64_t) { return draw_normal(); });

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 
 #include "mtl_kernels/solvers/all.h"
 
@@ -60,6 +61,13 @@ double squared_norm(int num_tasks, const double* gram, const double* weights) {
     for (int j = 0; j < num_tasks; ++j)
       if (weights[i] * weights[j] != 0) total += weights[i] * gram[i * num_tasks + j] * weights[j];
   return total;
+}
+
+// Float rows on a GPU with little double arithmetic.
+void on_slow_double(void (*test)(DType)) {
+  const int before = std::exchange(emulation::options().single_to_double_ratio, 64);
+  test(DType::kFloat32);
+  emulation::options().single_to_double_ratio = before;
 }
 
 }  // namespace
@@ -273,11 +281,13 @@ int main(int argc, char** argv) {
       {"plan", test_plan},
       {"errors", test_errors},
       {"gram_float32", [] { test_gram(DType::kFloat32); }},
+      {"gram_slow_double", [] { on_slow_double(test_gram); }},
       {"gram_float64", [] { test_gram(DType::kFloat64); }},
       {"gram_bfloat16", [] { test_gram(DType::kBFloat16); }},
       {"gram_float16", [] { test_gram(DType::kFloat16); }},
       {"gram_mixed", test_gram_mixed},
       {"range_float32", [] { test_gram_range(DType::kFloat32); }},
+      {"range_slow_double", [] { on_slow_double(test_gram_range); }},
       {"range_float64", [] { test_gram_range(DType::kFloat64); }},
       {"range_bfloat16", [] { test_gram_range(DType::kBFloat16); }},
       {"range_float16", [] { test_gram_range(DType::kFloat16); }},

@@ -77,6 +77,7 @@ def test_emulation(run_folder: Path, kind: str) -> None:
 CASES = [
     "plan errors gram_mixed combine_mixed",
     "gram_float32",
+    "gram_slow_double range_slow_double",
     "gram_float64",
     "gram_bfloat16",
     "gram_float16",
