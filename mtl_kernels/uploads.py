@@ -32,12 +32,13 @@ class Cache:
     def __len__(self) -> int:
         return len(self._values)
 
-    def find(self, key: Hashable, make: Callable[[], T], size: int = 0) -> T:
-        """The value of ``key``, made where it is not kept; ``size`` bytes count for it."""
+    def find(self, key: Hashable, make: Callable[[], T], size: int | Callable[[T], int] = 0) -> T:
+        """The value of ``key``, made where it is not kept; ``size`` bytes, or of the value, count for it."""
         entry = self._values.get(key)
         if entry is None:
-            entry = self._values[key] = (make(), size)
-            self._bytes += size
+            made = make()
+            entry = self._values[key] = (made, size(made) if callable(size) else size)
+            self._bytes += entry[1]
             while len(self) > KEPT or (self._bytes > KEPT_BYTES and len(self) > _FEWEST):
                 _, (_, freed) = self._values.popitem(last=False)
                 self._bytes -= freed

@@ -55,11 +55,13 @@ class _Stream:
     def plan(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, Any]:
         """A plan, and its words on the device."""
 
-        def both() -> tuple[Any, Any]:
+        def both() -> tuple[Any, Any, int]:
             made = make()
-            return made, self.upload(on_host(made.words))
+            words: bytes = made.words
+            return made, self.upload(on_host(words)), len(words)
 
-        return self._plans.find(key, both)
+        made, words, _ = self._plans.find(key, both, lambda found: found[2])
+        return made, words
 
     def doubles(self, size: int) -> Tensor:
         """float64 workspace of at least ``size``; what is in it means nothing."""

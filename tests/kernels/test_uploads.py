@@ -40,6 +40,13 @@ def test_no_more_bytes_are_kept_than_asked_for() -> None:
     assert len(cache) == 10
 
 
+def test_a_value_may_tell_its_size() -> None:
+    cache = uploads.Cache()
+    for key in range(100):
+        cache.find(key, lambda: uploads.KEPT_BYTES // 5, lambda value: value)
+    assert len(cache) == 5
+
+
 def test_the_tables_of_a_step_are_kept_however_large() -> None:
     cache, made = uploads.Cache(), []
     for _ in range(3):
