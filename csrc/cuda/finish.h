@@ -87,7 +87,7 @@ __device__ inline void write_statistics(const GramArgs& args, std::int64_t group
   }
 }
 
-// kMostTasks: of all that this kernel is used for.
+// kMostTasks: of all that this kernel is used for. Shared memory is free again when it returns.
 template <int kMostTasks>
 static __device__ __noinline__ void finish(const GramArgs& args, std::int64_t slice_number) {
   const Slice& slice = args.slices[slice_number];

@@ -392,7 +392,6 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
     __syncthreads();
     mend_absent_rows<T>(args, slice_number, out);
     finish<S::kRows>(args, slice_number);
-    __syncthreads();
   }
 }
 

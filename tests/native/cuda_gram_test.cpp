@@ -190,14 +190,14 @@ void test_nothing(int K) {
 
 constexpr int kTiles = 3;
 
-// Two tiles and a bit, of which `value` learns the number.
+// Two whole tiles and most of a third, of which `value` learns the number.
 Table tiled(DType dtype, int K, int offset,
             const std::function<double(int k, int tile, std::int64_t n)>& value) {
   const mtl::cuda::GramKernel kernel = kernel_of(dtype, K);
   const std::int64_t tile = kernel.step_columns * kernel.max_steps;
   return {K,
           1,
-          {{dtype, (kTiles - 1) * tile + 11, 0, offset}},
+          {{dtype, kTiles * tile - kernel.step_columns + 11, 0, offset}},
           all_reach,
           [&](int k, std::size_t, std::int64_t n) { return value(k, static_cast<int>(n / tile), n); }};
 }
