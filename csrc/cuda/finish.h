@@ -53,11 +53,9 @@ __device__ __forceinline__ void add_in_order(const double* sums, std::int64_t co
   }
 }
 
-// The pair (i, j <= i) of a position in the triangle.
+// The pair (i, j <= i) of a position in the triangle. Where row i begins, the root is 2 i + 1 to the bit.
 __device__ inline void pair_at(int position, int* i, int* j) {
-  int row = static_cast<int>((sqrtf(8.0f * static_cast<float>(position) + 1.0f) - 1.0f) * 0.5f);
-  while (num_pairs(row) > position) --row;
-  while (num_pairs(row + 1) <= position) ++row;
+  const int row = static_cast<int>((sqrtf(8.0f * static_cast<float>(position) + 1.0f) - 1.0f) * 0.5f);
   *i = row;
   *j = position - num_pairs(row);
 }

@@ -177,6 +177,15 @@ void test_many_blocks(DType dtype, int K) {
   expect_gram(table, run(table).gram, 0);
 }
 
+// Cosines of rows that are equal, or opposite, to which rounding would give more than 1.
+void test_equal_rows(int K) {
+  name_case("equal rows", DType::kFloat64, K);
+  const double value = draw_normal();
+  const Table table(K, 1, {{DType::kFloat64, 3}}, all_reach,
+                    [&](int k, std::size_t, std::int64_t) { return k % 2 == 0 ? value : -value; });
+  expect_statistics(table, run(table, {true}));
+}
+
 // No columns at all, with and without parameters.
 void test_nothing(int K) {
   name_case("nothing", DType::kFloat32, K);
@@ -276,6 +285,7 @@ void test_gram(DType dtype) {
   for (const int K : kForRaces ? std::vector<int>{4, 9} : std::vector<int>{1, 4, 9, 33})
     test_many_blocks(dtype, K);
   for (const int K : {1, 8, 9}) test_nothing(K);
+  for (int round = 0; round < (kForRaces ? 1 : 10); ++round) test_equal_rows(8);
 }
 
 void test_gram_mixed() {

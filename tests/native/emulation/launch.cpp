@@ -21,9 +21,10 @@ namespace {
 
 constexpr int kMaxThreads = 1024, kWarp = 32, kMaxWarps = kMaxThreads / kWarp;
 
-// To ThreadSanitizer a fiber is a thread, whose own accesses are ordered. Blocks that follow each other take
-// turns with two sets of fibers, so that what they share needs an order of its own.
-constexpr int kSets = EMULATION_TSAN ? 2 : 1;
+// To ThreadSanitizer a fiber is a thread, whose own accesses are ordered. Blocks take turns with several sets
+// of fibers, so that what they share needs an order of its own; with few sets the same threads of two blocks
+// would too often be one fiber.
+constexpr int kSets = EMULATION_TSAN ? 5 : 1;
 
 struct Site {
   const char* name;  // of the collective
