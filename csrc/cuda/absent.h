@@ -39,7 +39,8 @@ __device__ __noinline__ double pair_sum(const GramArgs& args, const Slice& slice
 }
 
 // Takes the pairs of a slice again whose sums are not finite, if an absent row may be why: rare, so slow is
-// fine. All threads of the block, after they have written `sums`.
+// fine. Every thread of the block calls it when it has written its share of `sums`, every blockDim-th of
+// them.
 template <class T>
 __device__ __noinline__ void mend_absent_rows(const GramArgs& args, std::int64_t slice_number, double* sums) {
   const Slice& slice = args.slices[slice_number];
@@ -51,14 +52,11 @@ __device__ __noinline__ void mend_absent_rows(const GramArgs& args, std::int64_t
   for (int i = 0; i < args.num_tasks; ++i) {
     for (int j = 0; j <= i; ++j) {
       double* place = sums + num_pairs(i) + j;
-      const bool finite = fabs(*place) <= DBL_MAX;
-      __syncthreads();
-      if (finite) continue;
-      const double total = pair_sum<T>(args, slice, i, j);
+      if (fabs(*place) <= DBL_MAX) continue;
+      const double total = pair_sum<T>(args, slice, i, j);  // all have read the old one when it returns
       if (threadIdx.x == 0) *place = total;
     }
   }
-  __syncthreads();
 }
 
 }  // namespace mtl::cuda

@@ -389,7 +389,6 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
     double* out = args.slice_sums + slice_number * pairs;
     for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads)
       out[pair] = triangle[pair];
-    __syncthreads();
     mend_absent_rows<T>(args, slice_number, out);
     finish<S::kRows>(args, slice_number);
   }

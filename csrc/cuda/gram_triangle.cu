@@ -161,7 +161,6 @@ __device__ __forceinline__ void write_block_sums(const double (&sums)[kPairs<K>]
     for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w][pair];
     out[pair] = total;
   }
-  __syncthreads();
 }
 
 // At a time on a multiprocessor: what the registers allow.

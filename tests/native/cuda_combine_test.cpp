@@ -205,6 +205,15 @@ void test_combine_mixed() {
     const auto reaches = [&](int k, std::size_t p) { return k == outputs[p].row || draw(5) > 0; };
     check(Table(K, groups, params, reaches), outputs, {!in_place, true, true});
   }
+  // What a task does not reach takes no part, whatever its weight.
+  context() = "weights that are not finite";
+  for (const DType out : {DType::kFloat32, DType::kBFloat16}) {
+    const auto code = static_cast<int>(out);
+    const Table table(3, 1, {{DType::kFloat32, 2000}, {DType::kFloat32, 7, 0, 4}},
+                      [](int k, std::size_t) { return k != 1; });
+    check(table, {{code}, {code}}, {},
+          [](int k) { return k == 1 ? static_cast<double>(INFINITY) : draw_normal(); });
+  }
   context() = "nothing to write";
   check(Table(3, 2, {}), {}, {});
   check(Table(3, 1, {{DType::kFloat32, 5}}), {{}}, {});

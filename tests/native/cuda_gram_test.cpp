@@ -377,7 +377,28 @@ void test_gram_range(DType dtype) {
   }
 }
 
+// A block takes groups one after the other: the next one's rows do not come before the solver is done.
+void test_solver_of_many_groups(const SolverCase& solver, int K) {
+  context() = std::string("many groups, ") + solver.name + ", K = " + std::to_string(K);
+  set_device(1, 1);
+  std::vector<Param> params;
+  for (int group = 0; group < 5; ++group) params.push_back({DType::kFloat32, 2 * K + 40 * group + 1, group});
+  const Table table(K, 5, params, all_reach, [](int, std::size_t, std::int64_t) { return draw_normal(); });
+  Behind behind;
+  behind.solver = &solver;
+  const Result result = run(table, behind);
+  const std::int64_t rng[] = {11, 5};
+  for (int group = 0; group < 5; ++group) {
+    const double* gram = &result.gram[group * K * K];
+    const Solution host = solve_on_host(solver, K, gram, nullptr, rng, group);
+    expect_same_solution(solver, K, gram, &result.weights[group * K], &result.certificate[group * 2], host);
+  }
+}
+
 void test_gram_solver() {
+  for (const int K : kForRaces ? std::vector<int>{12} : std::vector<int>{5, 12, 20, 40})
+    for (const SolverCase& solver : {SolverCase{"pcgrad", {1, 0}}, SolverCase{"min_norm", {0, 0, 0}}})
+      test_solver_of_many_groups(solver, K);
   const SolverCase solvers[] = {{"pcgrad", {1, 0}}, {"pcgrad", {0, 1}}, {"min_norm", {0, 0, 1e-12}}};
   const std::vector<int> sizes =
       kForRaces ? std::vector<int>{2, 9, 33} : std::vector<int>{1, 2, 8, 9, 33, 49, 65, 97, 128};
