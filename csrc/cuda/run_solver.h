@@ -29,7 +29,8 @@ __device__ void solve_switch(int solver, const Problem& problem, SolverList<Solv
 
 }  // namespace detail
 
-// Solves problem `index`, of at most kMostTasks tasks. All threads of the block call it.
+// Solves problem `index`, of at most kMostTasks tasks. All threads of the block call it, and return when it is
+// solved.
 template <int kMostTasks>
 __device__ void solve_problem(const SolverCall& call, std::int64_t index) {
   Problem problem{};
@@ -46,6 +47,7 @@ __device__ void solve_problem(const SolverCall& call, std::int64_t index) {
                         ? reinterpret_cast<double*>(dynamic_shared())
                         : call.scratch + static_cast<std::int64_t>(blockIdx.x) * call.scratch_doubles;
   detail::solve_switch<kMostTasks>(call.solver, problem, AllSolvers{});
+  __syncthreads();
 }
 
 }  // namespace mtl::cuda

@@ -6,11 +6,9 @@ namespace mtl::cuda {
 namespace {
 
 template <int kMostTasks>
-__global__ void __launch_bounds__(kSolveMaxThreads) solve_batch(const __grid_constant__ SolveArgs args) {
-  for (std::int64_t index = blockIdx.x; index < args.batch; index += gridDim.x) {
+__global__ void __launch_bounds__(kSolveMaxThreads, 1) solve_batch(const __grid_constant__ SolveArgs args) {
+  for (std::int64_t index = blockIdx.x; index < args.batch; index += gridDim.x)
     solve_problem<kMostTasks>(args.call, index);
-    __syncthreads();
-  }
 }
 
 }  // namespace
