@@ -29,8 +29,8 @@ __device__ void solve_switch(int solver, const Problem& problem, SolverList<Solv
 
 }  // namespace detail
 
-// Solves problem `index`, of at most kMostTasks tasks. All threads of the block call it, and return when it is
-// solved.
+// Solves problem `index`, of at most kMostTasks tasks. All threads of the block call it, and return when it
+// is solved.
 template <int kMostTasks>
 __device__ void solve_problem(const SolverCall& call, std::int64_t index) {
   Problem problem{};
