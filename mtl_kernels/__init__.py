@@ -5,9 +5,10 @@
 """
 
 from . import reference
+from .angles import cosines, norms
 from .config import show_config
 from .dispatch import available_backends, use_backend
-from .ops import Statistics, combine, cosines, gram, gram_solve, norms, statistics
+from .ops import Statistics, combine, gram, gram_solve, statistics
 from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
 from .solvers import *  # noqa: F403

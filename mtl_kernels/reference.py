@@ -1,6 +1,6 @@
 """Every operation in pure PyTorch, on any device and dtype: `mtl_kernels`' functions bound to the reference backend.
 
-``reference.gram(rows)`` is ``gram(rows, backend="reference")``, and so on for `combine` and every solver function.
+``reference.gram(rows)`` is ``gram(rows, backend="reference")``, and so on for every operation and solver function.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from . import ops, solvers
-from .ops import cosines, norms
+from .angles import cosines, norms
 
-__all__ = ["combine", "cosines", "gram", "norms", *solvers.__all__]
+__all__ = ["combine", "cosines", "gram", "gram_solve", "norms", "statistics", *solvers.__all__]
 
 gram = functools.partial(ops.gram, backend="reference")
+statistics = functools.partial(ops.statistics, backend="reference")
+gram_solve = functools.partial(ops.gram_solve, backend="reference")
 combine = functools.partial(ops.combine, backend="reference")
 
 

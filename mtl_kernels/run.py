@@ -1,0 +1,177 @@
+"""The operations on plain tensors: check the arguments, choose the backend, make room for its results, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch
+from .angles import cosines, norms
+from .backends import Backend, is_fused
+from .rows import RowTable
+
+
+def gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
+    group_list, num_groups = checks.check_groups(groups, table.num_params)
+    chosen = dispatch.resolve(table.device, backend)
+    out = _new_gram(chosen, (num_groups, table.num_tasks, table.num_tasks), table.device)
+    chosen.gram_into(table, group_list, out)
+    return out[0] if groups is None else out
+
+
+def _new_gram(backend: Backend, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Room for Gram matrices; fused backends write every element, the others want zeros."""
+    new = torch.empty if backend.fused else torch.zeros
+    return new(shape, dtype=torch.float64, device=device)
+
+
+def statistics(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    group_list, num_groups = checks.check_groups(groups, table.num_params)
+    shape = (num_groups, table.num_tasks, table.num_tasks)
+    chosen = dispatch.resolve(table.device, backend)
+    out = _new_gram(chosen, shape, table.device)
+    if is_fused(chosen):
+        found = (out, out.new_empty(shape[:2]), torch.empty_like(out))
+        chosen.statistics_into(table, group_list, *found)
+    else:
+        chosen.gram_into(table, group_list, out)
+        found = (out, norms(out), cosines(out))
+    return found if groups is not None else (found[0][0], found[1][0], found[2][0])
+
+
+def gram_solve(
+    table: RowTable,
+    solver: str,
+    options: Sequence[float],
+    groups: Sequence[int] | None,
+    active: Tensor | None,
+    rng: Tensor | None,
+    advance_rng: bool,
+    inputs: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    group_list, num_groups = checks.check_groups(groups, table.num_params)
+    lead = () if groups is None else (num_groups,)
+    chosen = dispatch.resolve(table.device, backend)
+    gram = _new_gram(chosen, (*lead, table.num_tasks, table.num_tasks), table.device)
+    active, state, inputs = _solver_arguments(gram, active, rng, inputs)
+    batch = gram if groups is not None else gram.unsqueeze(0)
+    if is_fused(chosen) and (rng is None or state is rng):
+        weights, certificate = chosen.gram_solve_into(
+            table, group_list, batch, solver, active, state, advance_rng, options, inputs
+        )
+        return gram, weights.view(gram.shape[:-1]), certificate.view((*lead, 2))
+    chosen.gram_into(table, group_list, batch)
+    weights, certified = chosen.solve(solver, gram, active, state, options, inputs, True)
+    if certified is None:
+        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
+    if advance_rng and rng is not None:
+        rng[1:].add_(1)
+    return gram, weights, certified
+
+
+def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
+    """Whether what belongs in the memory of ``like`` can be written to that of ``target``."""
+    return target.stride() == like.stride() and not target.is_neg()
+
+
+def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
+    """Copies what was written elsewhere, and tells autograd about memory that changed behind its back."""
+    for target, result in zip(targets, written, strict=True):
+        if target is None or result is None:
+            continue
+        if not _laid_out_alike(target, result):
+            target.detach().copy_(result)
+        elif not target.is_inference():
+            torch.autograd.graph.increment_version(target)
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _elsewhere(like: Tensor, target: Tensor, accumulate: bool) -> Tensor:
+    """Room laid out like the rows for a target that is not."""
+    place = torch.empty_like(like, dtype=target.dtype)
+    return place.copy_(target.detach()) if accumulate else place
+
+
+def flag_non_finite(written: Sequence[Tensor | None], found_inf: Tensor) -> None:
+    for target in written:
+        if target is not None:
+            found_inf.masked_fill_(target.isfinite().all().logical_not(), 1.0)
+
+
+def combine(
+    table: RowTable,
+    weights: Tensor,
+    out: Tensor | Sequence[Tensor | None] | None,
+    groups: Sequence[int] | None,
+    backend: str | None,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor | list[Tensor | None]:
+    chosen = dispatch.resolve(table.device, backend)
+    weights, group_list = checks.check_weights(table, weights, groups)
+    scale, found_inf = checks.check_epilogue(table, scale, found_inf)
+    if out is None:
+        if accumulate:
+            raise ValueError("accumulate adds to out: pass out as well")
+        targets = [None if like is None else torch.empty_like(like) for like in table.like]
+        written = targets
+    else:
+        targets = checks.check_out(table, out)
+        written = [
+            target.detach() if target is not None and like is not None and _laid_out_alike(target, like) else None
+            for target, like in zip(targets, table.like, strict=True)
+        ]
+        if not (table.disjoint or table.device.type == "meta"):
+            checks.check_disjoint(table, written, accumulate)
+        written = [
+            _elsewhere(like, target, accumulate) if like is not None and target is not None and place is None else place
+            for place, like, target in zip(written, table.like, targets, strict=True)
+        ]
+    if is_fused(chosen):
+        chosen.combine_into(table, weights, group_list, written, accumulate, scale, found_inf)
+    else:
+        chosen.combine_into(table, weights if scale is None else weights * scale, group_list, written, accumulate)
+        if found_inf is not None:
+            flag_non_finite(written, found_inf)
+    if out is not None:
+        _finish_out(targets, written)
+    if table.dense:
+        return out if isinstance(out, Tensor) else targets[0]  # type: ignore[return-value]
+    return targets
+
+
+def _solver_arguments(
+    gram: Tensor, active: Tensor | None, rng: Tensor | None, inputs: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if active is not None:
+        active = checks.per_task(active, gram, "active", torch.bool)
+    if inputs is not None:
+        inputs = checks.per_task(inputs, gram, "inputs", torch.float64)
+    if rng is not None:
+        rng = checks.check_rng(rng, gram)
+    return active, rng, inputs
+
+
+def solve(
+    solver: str,
+    gram: Tensor,
+    options: Sequence[float],
+    active: Tensor | None,
+    rng: Tensor | None,
+    inputs: Tensor | None,
+    certified: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    checks.check_gram(gram)
+    chosen = dispatch.resolve(gram.device, backend)  # before float64, which the device may not have
+    if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():
+        gram = gram.detach().to(torch.float64).contiguous()
+    active, rng, inputs = _solver_arguments(gram, active, rng, inputs)
+    return chosen.solve(solver, gram, active, rng, options, inputs, certified)
