@@ -120,6 +120,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    license="MIT",  # here, because in pyproject.toml no one spelling suits both old and new versions of setuptools
     ext_modules=[
         Extension("mtl_kernels._cpu", sources=[]),
         Extension("mtl_kernels._cuda", sources=[], optional=True),
