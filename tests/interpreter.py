@@ -19,10 +19,17 @@ def enable() -> None:
     """Turns it on for this process; triton must not have been imported yet."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
+        import triton.language as tl
         from triton.runtime import interpreter
     except ImportError:
         return
     patched = set()
+    binary_op = interpreter.InterpreterBuilder.binary_op
+
+    def typed(self, lhs, rhs, op):  # type: ignore[no-untyped-def]
+        # A comparison keeps the dtype of what it compares, of which triton 3.9 then makes masks that it refuses.
+        found = binary_op(self, lhs, rhs, op)
+        return interpreter.TensorHandle(found.data, tl.int1) if found.data.dtype == bool else found
 
     def call(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         # It swaps the whole language out for every call of a function from a kernel, most of its time: do so once.
@@ -32,6 +39,7 @@ def enable() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+    interpreter.InterpreterBuilder.binary_op = typed
 
 
 def is_slow(test: str) -> bool:

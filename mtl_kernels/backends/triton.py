@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -25,6 +26,8 @@ from . import reference
 
 _SOLVERS = ("pcgrad", "min_norm")
 _OLDEST_NVIDIA = (7, 0)
+_OLDEST_TRITON = (3, 5)
+"""The first whose `tl.dot` multiplies float64."""
 
 
 @functools.cache
@@ -32,9 +35,18 @@ def _kernels(name: str) -> Any:
     return importlib.import_module(f"mtl_kernels.triton_kernels.{name}")
 
 
+def _too_old(version: str) -> str | None:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= _OLDEST_TRITON:
+        return None
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    return f"expected triton {oldest} or newer, found {version}; it comes with torch 2.9 or newer: use a newer torch"
+
+
 @functools.cache
 def _import_error() -> str | None:
     try:
+        if (reason := _too_old(importlib.import_module("triton").__version__)) is not None:
+            return reason
         for name in ("common", "gram", "combine", *_SOLVERS):
             _kernels(name)
     except ModuleNotFoundError as error:
@@ -51,8 +63,7 @@ def _import_error() -> str | None:
 
 def _missing_compiler() -> str | None:
     """None if what Triton compiles its launchers with, when a kernel first runs, is there; looked for as it does."""
-    knobs = getattr(importlib.import_module("triton"), "knobs", None)  # since Triton 3.4
-    if os.name != "posix" or (knobs is not None and knobs.build.impl is not None):
+    if os.name != "posix" or importlib.import_module("triton").knobs.build.impl is not None:
         return None
     needs = "triton compiles its launchers with a C compiler when a kernel first runs"
     named = os.environ.get("CC")

@@ -34,7 +34,7 @@ def nothing_is_kept() -> Iterator[None]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with one GPU, a compiler, and no interpreter."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5")
     monkeypatch.setattr(triton._kernels("common"), "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -71,11 +71,8 @@ def test_a_compiler_of_that_name(gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_build_of_the_callers_own(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    knobs = getattr(importlib.import_module("triton"), "knobs", None)
-    if knobs is None:
-        pytest.skip("this triton has no knobs")
     monkeypatch.setattr(triton.shutil, "which", lambda name: None)
-    monkeypatch.setattr(knobs.build, "impl", lambda *arguments: "")
+    monkeypatch.setattr(importlib.import_module("triton").knobs.build, "impl", lambda *arguments: "")
     assert BACKEND.missing() is None
 
 
@@ -85,7 +82,7 @@ def test_without_pythons_headers(gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_interpreter_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5")
     monkeypatch.setattr(triton.shutil, "which", lambda name: None)
     assert BACKEND.missing() is None
 
@@ -103,6 +100,16 @@ def test_amd_gpus_count_otherwise(gpu: None, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (0, 0))
     assert BACKEND.refusal(CUDA) is None
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.2.0+git0d4682f0", "2.3.1", "3.5.0", "3.10.1", "4.0"])
+def test_the_oldest_triton(gpu: None, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(importlib.import_module("triton"), "__version__", version)
+    if version in ("3.5.0", "3.10.1", "4.0"):
+        assert BACKEND.missing() is None
+    else:
+        assert f"expected triton 3.5 or newer, found {version}" in str(BACKEND.missing())
+        assert dispatch._choose(CUDA, "auto").name == "reference"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +150,7 @@ except RuntimeError as error:
 
 
 def test_a_capture_needs_a_torch_that_pins_memory_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5")
     tables = importlib.import_module("mtl_kernels.triton_kernels.tables")
     monkeypatch.setattr(tables, "capturing", lambda device: True)
     table, out = RowTable(torch.ones(2, 3)), torch.full((3,), 7.0)
@@ -159,7 +166,7 @@ def test_a_capture_needs_a_torch_that_pins_memory_there(monkeypatch: pytest.Monk
 
 
 def test_tables_are_found_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5")
     tables = importlib.import_module("mtl_kernels.triton_kernels.tables")
     monkeypatch.setattr(uploads, "KEPT", 2)
     rows = [RowTable(torch.randn(3, 10 + n)) for n in range(5)]
@@ -183,7 +190,7 @@ def test_tables_are_found_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("at", "where"), [(3, "row 1, parameter 1"), (4, "out, parameter 0")])
 def test_misaligned_tensors_are_named(at: int, where: str) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5")
     tables = importlib.import_module("mtl_kernels.triton_kernels.tables")
     table, out = RowTable([[torch.ones(2)] * 2] * 2), [torch.ones(2, dtype=torch.float64), None]
     addresses = [*table.pointers, 1024, 0]
