@@ -6,8 +6,8 @@ one, a failing build fails the install.
 Where nvcc is found (CUDACXX, PATH, CUDA_HOME, /usr/local/cuda) the CUDA module is built too; no GPU is needed for that.
 
 Environment: MTL_KERNELS_CUDA=0 leaves the CUDA module out, 1 insists on it; MTL_KERNELS_CUDA_ARCHS lists its
-architectures ("80;90;100" by default, "native" for the GPUs of this machine); MTL_KERNELS_CPU=0 leaves out all that is
-compiled; CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
+architectures ("80;90;100" by default, 100 from nvcc 12.8 on; "native" for the GPUs of this machine); MTL_KERNELS_CPU=0
+leaves out all that is compiled; CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
 """
 
 import os
@@ -22,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 COMPILERS = ("c++", "g++", "clang++")
+OLDEST_ARCH = 80
 
 
 def missing_toolchain() -> str | None:
@@ -50,11 +51,12 @@ def cuda_options() -> list[str]:
     if compiler is None and shutil.which("nvcc") is None and beside is not None:
         options.append(f"-DCMAKE_CUDA_COMPILER={beside}")
     archs = os.environ.get("MTL_KERNELS_CUDA_ARCHS", "").replace(",", ";").replace(" ", ";")
-    if archs:
-        if archs != "native" and not all(arch.isdigit() for arch in archs.split(";")):
+    if archs not in ("", "native"):
+        if not all(arch.isdigit() for arch in archs.split(";")):
             raise SystemExit(f"expected MTL_KERNELS_CUDA_ARCHS such as '80;90;100' or 'native', found {archs!r}")
-        options.append(f"-DMTL_CUDA_ARCHS={archs}")
-    return options
+        if old := [arch for arch in archs.split(";") if int(arch) < OLDEST_ARCH]:
+            raise SystemExit(f"expected MTL_KERNELS_CUDA_ARCHS of {OLDEST_ARCH} or more, found {', '.join(old)}")
+    return [*options, f"-DMTL_CUDA_ARCHS={archs}"]
 
 
 def tool(name: str) -> str:

@@ -110,6 +110,7 @@ def test_a_build_that_fails_fails_the_install(tmp_path: Path, tree: Path) -> Non
         ({"MTL_KERNELS_CUDA": "1", "CXX": "a-compiler-that-is-not-there"}, "but nothing can be compiled"),
         ({"MTL_KERNELS_CUDA": "yes"}, "expected MTL_KERNELS_CUDA as 0 or 1, found 'yes'"),
         ({"MTL_KERNELS_CUDA_ARCHS": "sm_90"}, "expected MTL_KERNELS_CUDA_ARCHS such as '80;90;100' or 'native'"),
+        ({"MTL_KERNELS_CUDA_ARCHS": "75;90"}, "expected MTL_KERNELS_CUDA_ARCHS of 80 or more, found 75"),
     ],
 )
 def test_what_cannot_be_built_is_said(tmp_path: Path, environment: dict[str, str], message: str) -> None:

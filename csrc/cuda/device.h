@@ -14,6 +14,9 @@
 #define __grid_constant__
 #else
 #include <cuda_runtime.h>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "expected GPUs of compute capability 8.0 or newer; MTL_KERNELS_CUDA=0 leaves CUDA out"
+#endif
 #endif
 
 namespace mtl::cuda {

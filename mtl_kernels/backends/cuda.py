@@ -26,9 +26,8 @@ try:
     _cuda = importlib.import_module("mtl_kernels._cuda")
 except ModuleNotFoundError:
     _reason = (
-        "the extension module mtl_kernels._cuda was not built; install the CUDA toolkit (nvcc 12.8 or newer, or "
-        "12.0 with MTL_KERNELS_CUDA_ARCHS set to architectures it knows, such as 80;90) and reinstall mtl-kernels from "
-        "source with MTL_KERNELS_CUDA=1"
+        "the extension module mtl_kernels._cuda was not built; install the CUDA toolkit (nvcc 12.0 or newer) and "
+        "reinstall mtl-kernels from source with MTL_KERNELS_CUDA=1"
     )
 except ImportError as error:
     _reason = f"the extension module mtl_kernels._cuda does not load ({error}); reinstall mtl-kernels"
