@@ -47,6 +47,7 @@ def flatten(rows: Tensor | Sequence[Row] | RowTable) -> tuple[list[Tensor | None
 
 
 def unflatten(flat: Sequence[Tensor | None], num_tasks: int) -> RowTable:
+    """The rows that `flatten` made K * P entries of."""
     num_params = len(flat) // num_tasks
     return RowTable([flat[k * num_params : (k + 1) * num_params] for k in range(num_tasks)])
 

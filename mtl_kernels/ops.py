@@ -157,6 +157,8 @@ def combine(
         TypeError, ValueError: rows, weights, groups or ``out`` that do not fit together.
         RuntimeError: the backend asked for is not available.
     """
+    if accumulate and out is None:
+        raise ValueError("accumulate adds to out: pass out as well")
     if _eager():
         rows = _as_table(rows)
         if rows.plain and _plain(weights, scale, found_inf, *(out if isinstance(out, Sequence) else (out,))):
@@ -171,8 +173,6 @@ def combine(
             scale=scale, found_inf=found_inf, accumulate=accumulate,
         )  # fmt: skip
         return out if isinstance(out, Tensor) else targets
-    if accumulate:
-        raise ValueError("accumulate adds to out: pass out as well")
     combined: list[Tensor] = torch.ops.mtl_kernels.combine(
         flat, weights, num_tasks, _int_list(groups), backend, scale=scale
     )
@@ -214,10 +214,8 @@ def solve(
         TypeError, ValueError: arguments that do not fit the Gram matrix or the solver.
         RuntimeError: the backend asked for is not available.
     """
-    weights, certificate = _dispatch_solve(solver, gram, options, active, rng, inputs, True, backend)
-    if certificate is None:
-        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
-    return weights, certificate
+    found = _dispatch_solve(solver, gram, options, active, rng, inputs, True, backend)
+    return run.with_certificate(solver, found)
 
 
 def solve_weights(

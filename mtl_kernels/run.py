@@ -14,6 +14,7 @@ from .rows import RowTable
 
 
 def gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
+    """`ops.gram` of a table of plain tensors."""
     group_list, num_groups = checks.check_groups(groups, table.num_params)
     chosen = dispatch.resolve(table.device, backend)
     out = _new_gram(chosen, (num_groups, table.num_tasks, table.num_tasks), table.device)
@@ -28,6 +29,7 @@ def _new_gram(backend: Backend, shape: tuple[int, ...], device: torch.device) ->
 
 
 def statistics(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.statistics` of a table of plain tensors."""
     group_list, num_groups = checks.check_groups(groups, table.num_params)
     shape = (num_groups, table.num_tasks, table.num_tasks)
     chosen = dispatch.resolve(table.device, backend)
@@ -52,6 +54,7 @@ def gram_solve(
     inputs: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.gram_solve` of a table of plain tensors."""
     group_list, num_groups = checks.check_groups(groups, table.num_params)
     lead = () if groups is None else (num_groups,)
     chosen = dispatch.resolve(table.device, backend)
@@ -64,12 +67,18 @@ def gram_solve(
         )
         return gram, weights.view(gram.shape[:-1]), certificate.view((*lead, 2))
     chosen.gram_into(table, group_list, batch)
-    weights, certified = chosen.solve(solver, gram, active, state, options, inputs, True)
-    if certified is None:
-        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
+    weights, certificate = with_certificate(solver, chosen.solve(solver, gram, active, state, options, inputs, True))
     if advance_rng and rng is not None:
         rng[1:].add_(1)
-    return gram, weights, certified
+    return gram, weights, certificate
+
+
+def with_certificate(solver: str, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """What a solver found, which must hold a certificate."""
+    weights, certificate = found
+    if certificate is None:
+        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
+    return weights, certificate
 
 
 def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
@@ -88,10 +97,6 @@ def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | Non
             torch.autograd.graph.increment_version(target)
 
 
-def _dtype(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
-
-
 def _elsewhere(like: Tensor, target: Tensor, accumulate: bool) -> Tensor:
     """Room laid out like the rows for a target that is not."""
     place = torch.empty_like(like, dtype=target.dtype)
@@ -99,6 +104,7 @@ def _elsewhere(like: Tensor, target: Tensor, accumulate: bool) -> Tensor:
 
 
 def flag_non_finite(written: Sequence[Tensor | None], found_inf: Tensor) -> None:
+    """Sets ``found_inf`` to 1 if anything written is inf or nan."""
     for target in written:
         if target is not None:
             found_inf.masked_fill_(target.isfinite().all().logical_not(), 1.0)
@@ -114,12 +120,11 @@ def combine(
     found_inf: Tensor | None = None,
     accumulate: bool = False,
 ) -> Tensor | list[Tensor | None]:
+    """`ops.combine` of a table of plain tensors; ``accumulate`` with ``out`` alone."""
     chosen = dispatch.resolve(table.device, backend)
     weights, group_list = checks.check_weights(table, weights, groups)
     scale, found_inf = checks.check_epilogue(table, scale, found_inf)
     if out is None:
-        if accumulate:
-            raise ValueError("accumulate adds to out: pass out as well")
         targets = [None if like is None else torch.empty_like(like) for like in table.like]
         written = targets
     else:
@@ -169,6 +174,7 @@ def solve(
     certified: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """`ops.solve` of a plain tensor; ``certified``: the certificate is wanted."""
     checks.check_gram(gram)
     chosen = dispatch.resolve(gram.device, backend)  # before float64, which the device may not have
     if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():

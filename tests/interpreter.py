@@ -1,6 +1,9 @@
 """Triton's interpreter, which runs the Triton kernels on a machine without a GPU."""
 
 import os
+from typing import Any
+
+import pytest
 
 SLOW = (
     "test_rows_are_not_copied",
@@ -40,6 +43,13 @@ def enable() -> None:
 
     interpreter.InterpretedFunction.__call__ = call
     interpreter.InterpreterBuilder.binary_op = typed
+
+
+def require_triton() -> Any:
+    """The module, where it is there and new enough for the backend; else the test is skipped."""
+    from mtl_kernels.backends.triton import _OLDEST_TRITON
+
+    return pytest.importorskip("triton", minversion=".".join(map(str, _OLDEST_TRITON)))
 
 
 def is_slow(test: str) -> bool:

@@ -148,12 +148,8 @@ class Copier {
         copy_async<4>(to + n, bytes > 0 ? from + n : from, bytes);
       }
     } else {
-      const auto* halves = reinterpret_cast<const std::uint16_t*>(from);
-      unsigned words[4] = {};
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-        if (2 * n < valid) words[n / 2] |= static_cast<unsigned>(halves[n]) << n % 2 * 16;
-      *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+      *reinterpret_cast<Vector<T>*>(to) = gather_elements<T>(reinterpret_cast<std::uintptr_t>(from), 0, 1,
+                                                             valid / static_cast<int>(sizeof(T)));
     }
   }
 

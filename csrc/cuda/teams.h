@@ -33,16 +33,26 @@ struct Lesser {
   __device__ IndexedValue operator()(IndexedValue a, IndexedValue b) const { return lesser(a, b); }
 };
 
-struct Squads {
+// What both teams have: their reductions, and warps as squads.
+template <class Team>
+class TeamOfWarps {
+ public:
   static constexpr int kLanes = kWarp;
   __device__ int lane() const { return static_cast<int>(threadIdx.x) % kWarp; }
   __device__ double from_lane(double x, int lane) const { return __shfl_sync(kAllLanes, x, lane); }
   __device__ unsigned least(unsigned x) const { return __reduce_min_sync(kAllLanes, x); }
+
+  // Functions of their own: a solver calls them dozens of times, and every gram kernel holds every solver.
+  __device__ __noinline__ double sum(double x) const { return Team::reduce(x, Sum{}); }
+  __device__ __noinline__ double min(double x) const { return Team::reduce(x, Min{}); }
+  __device__ __noinline__ IndexedValue argmin(double value, int index) const {
+    return Team::reduce(IndexedValue{value, index}, Lesser{});
+  }
 };
 
 }  // namespace detail
 
-class BlockTeam : public detail::Squads {
+class BlockTeam : public detail::TeamOfWarps<BlockTeam> {
  public:
   static constexpr int kMaxWarps = 16;
 
@@ -51,16 +61,11 @@ class BlockTeam : public detail::Squads {
   __device__ int squad() const { return static_cast<int>(threadIdx.x) / kWarp; }
   __device__ int num_squads() const { return static_cast<int>(blockDim.x) / kWarp; }
   __device__ void sync() const { __syncthreads(); }
-
-  // Functions of their own: a solver calls them dozens of times, and every gram kernel holds every solver.
-  __device__ __noinline__ double sum(double x) const { return reduce(x, detail::Sum{}); }
-  __device__ __noinline__ double min(double x) const { return reduce(x, detail::Min{}); }
-  __device__ __noinline__ IndexedValue argmin(double value, int index) const {
-    return reduce(IndexedValue{value, index}, detail::Lesser{});
-  }
   __device__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
 
  private:
+  friend TeamOfWarps;
+
   // Lanes, then warps, in index order: every thread adds in the same one, so that all of them hold the same
   // bits. The first barrier also ends the use of `parts` by the reduction before.
   template <class T, class Join>
@@ -78,7 +83,7 @@ class BlockTeam : public detail::Squads {
 
 // The first warp of a block. Its barriers cost a tenth of the block's, and up to 32 tasks give the other
 // warps nothing to do but wait.
-class WarpTeam : public detail::Squads {
+class WarpTeam : public detail::TeamOfWarps<WarpTeam> {
  public:
   __device__ int rank() const { return lane(); }
   // Loops over ranks go round once; unrolled, they would only take registers from the kernel.
@@ -86,18 +91,14 @@ class WarpTeam : public detail::Squads {
   __device__ int squad() const { return 0; }
   __device__ int num_squads() const { return 1; }
   __device__ void sync() const { __syncwarp(); }
-
-  __device__ __noinline__ double sum(double x) const { return reduce(x, detail::Sum{}); }
-  __device__ __noinline__ double min(double x) const { return reduce(x, detail::Min{}); }
-  __device__ __noinline__ IndexedValue argmin(double value, int index) const {
-    return reduce(IndexedValue{value, index}, detail::Lesser{});
-  }
   __device__ bool any(bool x) const {
     __syncwarp();
     return __any_sync(kAllLanes, x) != 0;
   }
 
  private:
+  friend TeamOfWarps;
+
   // A shuffle alone orders no memory, which a collective of a team does.
   template <class T, class Join>
   __device__ static T reduce(T x, Join join) {

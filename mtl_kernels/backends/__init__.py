@@ -95,6 +95,7 @@ class FusedBackend(Backend, Protocol):
 
 
 def is_fused(backend: Backend) -> TypeGuard[FusedBackend]:
+    """Whether a backend does the whole of a step in two launches."""
     return backend.fused
 
 

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import math
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -36,7 +35,7 @@ def _kernels(name: str) -> Any:
 
 
 def _too_old(version: str) -> str | None:
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= _OLDEST_TRITON:
+    if tuple(map(int, version.split(".")[:2])) >= _OLDEST_TRITON:
         return None
     oldest = ".".join(map(str, _OLDEST_TRITON))
     return f"expected triton {oldest} or newer, found {version}; it comes with torch 2.9 or newer: use a newer torch"

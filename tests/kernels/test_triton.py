@@ -12,6 +12,7 @@ from exact import DTYPES, check_combine, check_gram, dense, exact_gram, make_row
 from placement import on_host
 from torch import Tensor
 
+import interpreter
 import mtl_kernels as mk
 from mtl_kernels.backends import BACKENDS
 
@@ -241,7 +242,7 @@ except RuntimeError as error:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_the_reason_says_so() -> None:
     code = "import mtl_kernels as mk; print(mk.available_backends()['triton'])"
-    pytest.importorskip("triton", minversion="3.5")
+    interpreter.require_triton()
     assert "torch finds no GPU" in run(code, TRITON_INTERPRET="0")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import interpreter
 import mtl_kernels as mk
 from mtl_kernels import dispatch, uploads
 from mtl_kernels.backends import BACKENDS, triton
@@ -34,7 +35,7 @@ def nothing_is_kept() -> Iterator[None]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with one GPU, a compiler, and no interpreter."""
-    pytest.importorskip("triton", minversion="3.5")
+    interpreter.require_triton()
     monkeypatch.setattr(triton._kernels("common"), "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -82,7 +83,7 @@ def test_without_pythons_headers(gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_interpreter_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", minversion="3.5")
+    interpreter.require_triton()
     monkeypatch.setattr(triton.shutil, "which", lambda name: None)
     assert BACKEND.missing() is None
 
@@ -150,7 +151,7 @@ except RuntimeError as error:
 
 
 def test_a_capture_needs_a_torch_that_pins_memory_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", minversion="3.5")
+    interpreter.require_triton()
     tables = importlib.import_module("mtl_kernels.triton_kernels.tables")
     monkeypatch.setattr(tables, "capturing", lambda device: True)
     table, out = RowTable(torch.ones(2, 3)), torch.full((3,), 7.0)
@@ -166,7 +167,7 @@ def test_a_capture_needs_a_torch_that_pins_memory_there(monkeypatch: pytest.Monk
 
 
 def test_tables_are_found_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton", minversion="3.5")
+    interpreter.require_triton()
     tables = importlib.import_module("mtl_kernels.triton_kernels.tables")
     monkeypatch.setattr(uploads, "KEPT", 2)
     rows = [RowTable(torch.randn(3, 10 + n)) for n in range(5)]
@@ -190,7 +191,7 @@ def test_tables_are_found_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("at", "where"), [(3, "row 1, parameter 1"), (4, "out, parameter 0")])
 def test_misaligned_tensors_are_named(at: int, where: str) -> None:
-    pytest.importorskip("triton", minversion="3.5")
+    interpreter.require_triton()
     tables = importlib.import_module("mtl_kernels.triton_kernels.tables")
     table, out = RowTable([[torch.ones(2)] * 2] * 2), [torch.ones(2, dtype=torch.float64), None]
     addresses = [*table.pointers, 1024, 0]

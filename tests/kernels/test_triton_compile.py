@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", minversion="3.5")
+import interpreter
 
+triton = interpreter.require_triton()
 
 SCRIPT = Path(__file__).parent.parent / "triton_compiler.py"
 

@@ -35,8 +35,10 @@ void pretend_long(const Table& table, const GramPlan& plan, std::vector<std::int
   }
 }
 
+bool slow_double() { return emulation::options().single_to_double_ratio > 4; }
+
 mtl::cuda::GramKernel kernel_of(DType dtype, int K) {
-  return mtl::cuda::gram_kernel(dtype, K, emulation::options().single_to_double_ratio > 4);
+  return mtl::cuda::gram_kernel(dtype, K, slow_double());
 }
 
 struct Behind {  // what gram is followed by
@@ -311,16 +313,15 @@ void test_gram_mixed() {
 
 void test_gram_range(DType dtype) {
   set_device(1, 1);
-  const bool slow_double = emulation::options().single_to_double_ratio > 4;
   // Of sums of at most 128 products in float, cut off where they are on the tensor cores; of sums in double.
   const double in_float = 0x1p-17, in_double = 1e-13;
   const auto sums_in_float = [&](int K) {
     return mtl::item_size(dtype) == 2 ||
-           (dtype == DType::kFloat32 && slow_double && K <= mtl::cuda::kTriangleTasks);
+           (dtype == DType::kFloat32 && slow_double() && K <= mtl::cuda::kTriangleTasks);
   };
-  const std::vector<int> sizes = slow_double ? std::vector<int>{2, 4, 6, 8}
-                                 : kForRaces ? std::vector<int>{8, 9}
-                                             : std::vector<int>{2, 8, 9, 32, 33, 64, 65};
+  const std::vector<int> sizes = slow_double() ? std::vector<int>{2, 4, 6, 8}
+                                 : kForRaces   ? std::vector<int>{8, 9}
+                                               : std::vector<int>{2, 8, 9, 32, 33, 64, 65};
   for (const int K : sizes) {
     const bool in_runs = sums_in_float(K);
     for (const int offset : {0, 8}) {
@@ -346,7 +347,7 @@ void test_gram_range(DType dtype) {
         test_odd_tile(dtype, K, offset, tile, 0x1p70);
       }
     }
-    if (dtype == DType::kBFloat16 || slow_double) {
+    if (dtype == DType::kBFloat16 || slow_double()) {
       name_case("a lone element", dtype, K);
       for (std::int64_t column = 0; column < 16; ++column) test_lone_element(dtype, K, 0, 32 + column);
       test_lone_element(dtype, K, 8, 5);
