@@ -37,7 +37,7 @@ def counted_calls(where: Device) -> dict[str, Call]:
 
     def step(solver: str) -> None:
         name, options = SOLVERS[solver]
-        weights = mk.gram_solve(inputs.rows, name, options=options, rng=inputs.rng, advance_rng=True)[1]
+        weights = mk.gram_solve(inputs.rows, mk.SolverCall(name, options, rng=inputs.rng, advance_rng=True))[1]
         mk.combine(inputs.rows, weights, out=inputs.out)
 
     return {

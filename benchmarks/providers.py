@@ -169,7 +169,7 @@ def _gram_solve(case: Case, exact: Tensor, device: torch.device) -> list[Provide
 
     def provider(name: str, backend: str | None) -> Provider:
         def call(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-            return mk.gram_solve(inputs.rows, solver, options=options, rng=inputs.rng, backend=backend)
+            return mk.gram_solve(inputs.rows, mk.SolverCall(solver, options, rng=inputs.rng), backend=backend)
 
         def error(inputs: Inputs) -> float:
             gram, weights, _ = call(inputs)
@@ -208,7 +208,8 @@ def _step(case: Case, exact: Tensor, device: torch.device) -> list[Provider]:
 
     def ours(name: str, backend: str | None) -> Provider:
         def call(inputs: Inputs) -> None:
-            weights = mk.gram_solve(inputs.rows, solver, options=options, rng=inputs.rng, backend=backend)[1]
+            call = mk.SolverCall(solver, options, rng=inputs.rng)
+            weights = mk.gram_solve(inputs.rows, call, backend=backend)[1]
             mk.combine(inputs.rows, weights, out=inputs.out, backend=backend)
 
         def error(inputs: Inputs) -> float:
@@ -277,7 +278,7 @@ def solver_calls(kernel: str, gram: Tensor, rng: Tensor) -> dict[str, tuple[Call
 
     def add(name: str, backend: str | None) -> None:
         def call() -> Tensor:
-            return ops.solve(solver, gram, options=options, rng=rng, backend=backend)[0]
+            return ops.solve(gram, mk.SolverCall(solver, options, rng=rng), backend=backend)[0]
 
         found[name] = (call, call, backend != "reference")
 

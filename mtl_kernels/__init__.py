@@ -4,13 +4,17 @@
 ``combine`` reads the rows once more and writes d = J^T w.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import reference
 from .angles import cosines, norms
+from .call import SolverCall
 from .config import show_config
 from .dispatch import available_backends, use_backend
 from .ops import Statistics, combine, gram, gram_solve, statistics
 from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
+from .solution import Solution
 from .solvers import *  # noqa: F403
 from .solvers import __all__ as _solvers
 from .version import __version__
@@ -18,6 +22,8 @@ from .version import __version__
 __all__ = [
     "MAX_TASKS",
     "RowTable",
+    "Solution",
+    "SolverCall",
     "Statistics",
     "__version__",
     "available_backends",
@@ -33,3 +39,7 @@ __all__ = [
     "use_backend",
     *_solvers,
 ]
+
+if TYPE_CHECKING:  # the solvers' functions, which type checkers do not find
+
+    def __getattr__(name: str) -> Any: ...

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .call import SolverCall
 from .rows import DTYPE_CODES, RowTable, check_num_tasks
 
 MAX_GROUPS = 1 << 12
@@ -145,6 +146,18 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate
             target_end = max(target_end, begin + size)
         else:
             row_end = max(row_end, begin + size)
+
+
+def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
+    """The call with tensors as the backends take them, checked against the Gram matrix."""
+    active, rng, inputs = call.active, call.rng, call.inputs
+    if active is None and rng is None and inputs is None:
+        return call
+    return call._replace(
+        active=None if active is None else per_task(active, gram, "active", torch.bool),
+        rng=None if rng is None else check_rng(rng, gram),
+        inputs=None if inputs is None else per_task(inputs, gram, "inputs", torch.float64),
+    )
 
 
 def check_rng(rng: Tensor, gram: Tensor) -> Tensor:

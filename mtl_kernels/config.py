@@ -7,7 +7,7 @@ import platform
 import torch
 
 from . import dispatch
-from .backends import cpu, cuda
+from .backends import cpu, cuda, triton
 from .version import __version__
 
 
@@ -24,6 +24,9 @@ def config() -> dict[str, str]:
     }
     for name, reason in dispatch.available_backends().items():
         facts[f"backend {name}"] = "available" if reason is None else f"not available: {reason}"
+    facts["solvers on triton"] = (
+        f"{', '.join(triton.SOLVERS)} on the GPU; others on the host, one wait a step, not in a CUDA graph"
+    )
     return facts
 
 

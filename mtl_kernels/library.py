@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from . import checks, run
+from .call import SolverCall
 from .rows import Row, RowTable, check_num_tasks
+
+_CALL = "str solver, float[] options, Tensor? active, Tensor? rng, Tensor? inputs"
+"""A `SolverCall`, flat. Operators change no argument but ``out``: ``advance_rng`` is left to their callers."""
 
 _library = torch.library.Library("mtl_kernels", "DEF")
 _library.define("gram(Tensor?[] rows, int num_tasks, int[]? groups, str? backend) -> Tensor")
 _library.define("statistics(Tensor?[] rows, int num_tasks, int[]? groups, str? backend) -> (Tensor, Tensor, Tensor)")
 _library.define(
-    "gram_solve(Tensor?[] rows, int num_tasks, int[]? groups, str solver, float[] options, Tensor? active, Tensor? rng,"
-    " Tensor? inputs, str? backend) -> (Tensor, Tensor, Tensor)"
+    f"gram_solve(Tensor?[] rows, int num_tasks, int[]? groups, str? backend, {_CALL}) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "combine(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, str? backend, *, Tensor? scale=None)"
@@ -25,10 +28,7 @@ _library.define(
     "combine_out(Tensor?[] rows, Tensor weights, int num_tasks, int[]? groups, Tensor(a!)[] out, str? backend, *,"
     " Tensor? scale=None, Tensor(b!)? found_inf=None, bool accumulate=False) -> ()"
 )
-_library.define(
-    "solve(str solver, Tensor gram, float[] options, Tensor? active, Tensor? rng, Tensor? inputs, str? backend)"
-    " -> (Tensor, Tensor)"
-)
+_library.define(f"solve(Tensor gram, str? backend, {_CALL}) -> (Tensor, Tensor)")
 
 
 def flatten(rows: Tensor | Sequence[Row] | RowTable) -> tuple[list[Tensor | None], int]:
@@ -46,6 +46,11 @@ def flatten(rows: Tensor | Sequence[Row] | RowTable) -> tuple[list[Tensor | None
     return [tensor for row in rows for tensor in row], len(rows)
 
 
+def flat_call(call: SolverCall) -> tuple[str, list[float], Tensor | None, Tensor | None, Tensor | None]:
+    """A call as the operators take it."""
+    return call.solver, list(call.options), call.active, call.rng, call.inputs
+
+
 def unflatten(flat: Sequence[Tensor | None], num_tasks: int) -> RowTable:
     """The rows that `flatten` made K * P entries of."""
     num_params = len(flat) // num_tasks
@@ -60,8 +65,8 @@ def _statistics_op(rows, num_tasks, groups, backend):  # type: ignore[no-untyped
     return run.statistics(unflatten(rows, num_tasks), groups, backend)
 
 
-def _gram_solve_op(rows, num_tasks, groups, solver, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
-    return run.gram_solve(unflatten(rows, num_tasks), solver, options, groups, active, rng, False, inputs, backend)
+def _gram_solve_op(rows, num_tasks, groups, backend, *call):  # type: ignore[no-untyped-def]
+    return run.gram_solve(unflatten(rows, num_tasks), SolverCall(*call), groups, backend)
 
 
 def _combine_op(rows, weights, num_tasks, groups, backend, scale=None):  # type: ignore[no-untyped-def]
@@ -85,8 +90,8 @@ def _combine_out_op(  # type: ignore[no-untyped-def]
     run.combine(table, weights, _spread(table, out), groups, backend, scale, found_inf, accumulate)
 
 
-def _solve_op(solver, gram, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
-    return run.solve(solver, gram, options, active, rng, inputs, True, backend)
+def _solve_op(gram, backend, *call):  # type: ignore[no-untyped-def]
+    return run.solve(gram, SolverCall(*call), backend)
 
 
 def _gram_fake(rows, num_tasks, groups, backend):  # type: ignore[no-untyped-def]
@@ -101,7 +106,7 @@ def _statistics_fake(rows, num_tasks, groups, backend):  # type: ignore[no-untyp
     return gram, gram.new_empty(gram.shape[:-1]), torch.empty_like(gram)
 
 
-def _gram_solve_fake(rows, num_tasks, groups, solver, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
+def _gram_solve_fake(rows, num_tasks, groups, backend, *call):  # type: ignore[no-untyped-def]
     gram = _gram_fake(rows, num_tasks, groups, backend)  # type: ignore[no-untyped-call]
     return gram, gram.new_empty(gram.shape[:-1]), gram.new_empty((*gram.shape[:-2], 2))
 
@@ -122,7 +127,7 @@ def _combine_out_fake(  # type: ignore[no-untyped-def]
     checks.check_out(table, _spread(table, out))
 
 
-def _solve_fake(solver, gram, options, active, rng, inputs, backend):  # type: ignore[no-untyped-def]
+def _solve_fake(gram, backend, *call):  # type: ignore[no-untyped-def]
     checks.check_gram(gram)
     return gram.new_empty(gram.shape[:-1], dtype=torch.float64), gram.new_empty(
         (*gram.shape[:-2], 2), dtype=torch.float64

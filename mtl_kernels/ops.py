@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import run
-from .library import flatten
+from .call import SolverCall
+from .library import flat_call, flatten
 from .rows import Row, RowTable
 
 _PLAIN = frozenset({Tensor, type(None)})
@@ -80,43 +81,34 @@ def statistics(
 
 def gram_solve(
     rows: Tensor | Sequence[Row] | RowTable,
-    solver: str,
+    call: SolverCall,
     *,
-    options: Sequence[float] = (),
     groups: Sequence[int] | None = None,
-    active: Tensor | None = None,
-    rng: Tensor | None = None,
-    advance_rng: bool = False,
-    inputs: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`gram` and `solve` of its result, on a GPU in a single launch: the last block of the Gram kernel runs the solver.
 
     Args:
         rows, groups: as for `gram`.
-        solver, options, active, rng, inputs: as for `solve`.
-        advance_rng: add one to the step of ``rng`` on the device, once every problem has read it.
+        call: the solver, its options and inputs, see `SolverCall`.
         backend: as for `gram`.
 
     Returns:
         gram ``[K, K]``, weights ``[K]`` and certificate ``[2]`` (gap or residual, iterations), float64; with ``groups``
-        ``[S, K, K]``, ``[S, K]`` and ``[S, 2]``.
+        ``[S, K, K]``, ``[S, K]`` and ``[S, 2]``. The certificate may be None where ``call`` asks for none.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gram` and `solve`.
     """
-    if advance_rng and rng is None:
-        raise ValueError("advance_rng needs an rng state; pass rng=rng_state(seed, step)")
+    _check_call(call)
     if _eager():
         rows = _as_table(rows)
-        if rows.plain and _plain(active, rng, inputs):
-            return run.gram_solve(rows, solver, options, groups, active, rng, advance_rng, inputs, backend)
+        if rows.plain and _plain(call.active, call.rng, call.inputs):
+            return run.gram_solve(rows, call, groups, backend)
     flat, num_tasks = flatten(rows)
-    gram, weights, certificate = torch.ops.mtl_kernels.gram_solve(
-        flat, num_tasks, _int_list(groups), solver, list(options), active, rng, inputs, backend
-    )
-    if advance_rng and rng is not None:
-        rng[1:].add_(1)
+    found = torch.ops.mtl_kernels.gram_solve(flat, num_tasks, _int_list(groups), backend, *flat_call(call))
+    _advance(call)
+    gram, weights, certificate = found
     return gram, weights, certificate
 
 
@@ -186,66 +178,40 @@ def combine(
     return [next(given) if reached[p] else None for p in range(num_params)]
 
 
-def solve(
-    solver: str,
-    gram: Tensor,
-    *,
-    options: Sequence[float] = (),
-    active: Tensor | None = None,
-    rng: Tensor | None = None,
-    inputs: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tuple[Tensor, Tensor | None]:
     """Runs one solver over a batch of Gram matrices; the functions of `mtl_kernels.solvers` are its users.
 
     Args:
-        solver: a name of `mtl_kernels.solvers.REFERENCE`.
         gram: ``[..., K, K]`` symmetric, floating point; used in float64.
-        options: the solver's hyper-parameters, in its own order.
-        active: bool ``[K]`` or ``[..., K]``; tasks that are False get weight 0 and take no part.
-        rng: int64 ``[2]``, seed and step, see `mtl_kernels.rng_state`.
-        inputs: per-task extra inputs ``[K]`` or ``[..., K]``.
+        call: the solver, its options and inputs, see `SolverCall`.
         backend: as for `gram`.
 
     Returns:
-        weights float64 ``[..., K]`` and certificate float64 ``[..., 2]`` (gap or residual, iterations).
+        weights float64 ``[..., K]`` and certificate float64 ``[..., 2]`` (gap or residual, iterations), which may be
+        None where ``call`` asks for none.
 
     Raises:
         TypeError, ValueError: arguments that do not fit the Gram matrix or the solver.
         RuntimeError: the backend asked for is not available.
     """
-    found = _dispatch_solve(solver, gram, options, active, rng, inputs, True, backend)
-    return run.with_certificate(solver, found)
-
-
-def solve_weights(
-    solver: str,
-    gram: Tensor,
-    *,
-    options: Sequence[float] = (),
-    active: Tensor | None = None,
-    rng: Tensor | None = None,
-    inputs: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """The weights of `solve`, for solvers in closed form, whose certificate says nothing."""
-    return _dispatch_solve(solver, gram, options, active, rng, inputs, False, backend)[0]
-
-
-def _dispatch_solve(
-    solver: str,
-    gram: Tensor,
-    options: Sequence[float],
-    active: Tensor | None,
-    rng: Tensor | None,
-    inputs: Tensor | None,
-    certified: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    if _eager() and _plain(gram, active, rng, inputs):
-        return run.solve(solver, gram, options, active, rng, inputs, certified, backend)
-    weights, certificate = torch.ops.mtl_kernels.solve(solver, gram, list(options), active, rng, inputs, backend)
+    _check_call(call)
+    if _eager() and _plain(gram, call.active, call.rng, call.inputs):
+        return run.solve(gram, call, backend)
+    weights, certificate = torch.ops.mtl_kernels.solve(gram, backend, *flat_call(call))
+    _advance(call)
     return weights, certificate
+
+
+def _check_call(call: SolverCall) -> None:
+    if not isinstance(call, SolverCall):
+        raise TypeError(f"expected a SolverCall, found {call!r}; use SolverCall(solver, options, ...)")
+    if call.advance_rng and call.rng is None:
+        raise ValueError("advance_rng needs an rng state; pass rng=rng_state(seed, step)")
+
+
+def _advance(call: SolverCall) -> None:
+    if call.advance_rng and call.rng is not None:
+        call.rng[1:].add_(1)
 
 
 def _eager() -> bool:

@@ -44,19 +44,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)  # type: ignore[no-untyped-call]
 
 
-def order_keys(rng: Tensor, batch: int, num_tasks: int) -> Tensor:
-    """Sort keys of PCGrad's random order, int64 ``[batch, K, K]``: task i meets j by ascending key [i, j].
+def order_keys(rng: Tensor, problem: int, num_tasks: int) -> Tensor:
+    """Sort keys of PCGrad's random order in one problem, int64 ``[K, K]``: task i meets j by ascending key [i, j].
 
     Key = (word & ~127) | j, with word j % 4 of counter (step, problem, i*32 + j/4): distinct within a row.
     """
     seed, step = rng[0], rng[1]
-    problem = torch.arange(batch, device=rng.device).view(-1, 1, 1) & _WORD
-    task = torch.arange(num_tasks, device=rng.device).view(1, -1, 1)
-    block = torch.arange((num_tasks + 3) // 4, device=rng.device).view(1, 1, -1)
-    words = philox(
-        (step & _WORD, (step >> 32) & _WORD, problem, task * 32 + block), (seed & _WORD, (seed >> 32) & _WORD)
-    )
-    words = words.flatten(-2)[..., :num_tasks]
+    task = torch.arange(num_tasks, device=rng.device).view(-1, 1)
+    block = torch.arange((num_tasks + 3) // 4, device=rng.device).view(1, -1)
+    counter = (step & _WORD, (step >> 32) & _WORD, torch.full_like(task, problem & _WORD), task * 32 + block)
+    words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD)).flatten(-2)[..., :num_tasks]
     return (words & (_WORD - 127)) | torch.arange(num_tasks, device=rng.device)
 
 

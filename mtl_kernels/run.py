@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checks, dispatch
 from .angles import cosines, norms
 from .backends import Backend, is_fused
+from .call import SolverCall
 from .rows import RowTable
 
 
@@ -44,41 +45,27 @@ def statistics(table: RowTable, groups: Sequence[int] | None, backend: str | Non
 
 
 def gram_solve(
-    table: RowTable,
-    solver: str,
-    options: Sequence[float],
-    groups: Sequence[int] | None,
-    active: Tensor | None,
-    rng: Tensor | None,
-    advance_rng: bool,
-    inputs: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    table: RowTable, call: SolverCall, groups: Sequence[int] | None, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`ops.gram_solve` of a table of plain tensors."""
     group_list, num_groups = checks.check_groups(groups, table.num_params)
     lead = () if groups is None else (num_groups,)
     chosen = dispatch.resolve(table.device, backend)
     gram = _new_gram(chosen, (*lead, table.num_tasks, table.num_tasks), table.device)
-    active, state, inputs = _solver_arguments(gram, active, rng, inputs)
+    checked = checks.check_call(call, gram)
     batch = gram if groups is not None else gram.unsqueeze(0)
-    if is_fused(chosen) and (rng is None or state is rng):
-        weights, certificate = chosen.gram_solve_into(
-            table, group_list, batch, solver, active, state, advance_rng, options, inputs
-        )
+    if is_fused(chosen) and checked.rng is call.rng:
+        weights, certificate = chosen.gram_solve_into(table, group_list, batch, checked)
         return gram, weights.view(gram.shape[:-1]), certificate.view((*lead, 2))
     chosen.gram_into(table, group_list, batch)
-    weights, certificate = with_certificate(solver, chosen.solve(solver, gram, active, state, options, inputs, True))
-    if advance_rng and rng is not None:
-        rng[1:].add_(1)
-    return gram, weights, certificate
+    return gram, *_solve(chosen, call, checked, gram)
 
 
-def with_certificate(solver: str, found: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """What a solver found, which must hold a certificate."""
-    weights, certificate = found
-    if certificate is None:
-        raise RuntimeError(f"the backend returned no certificate for solver {solver!r}")
-    return weights, certificate
+def _solve(backend: Backend, call: SolverCall, checked: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
+    found = backend.solve(checked, gram)
+    if call.advance_rng and call.rng is not None:
+        call.rng[1:].add_(1)
+    return found
 
 
 def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
@@ -152,32 +139,10 @@ def combine(
     return targets
 
 
-def _solver_arguments(
-    gram: Tensor, active: Tensor | None, rng: Tensor | None, inputs: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if active is not None:
-        active = checks.per_task(active, gram, "active", torch.bool)
-    if inputs is not None:
-        inputs = checks.per_task(inputs, gram, "inputs", torch.float64)
-    if rng is not None:
-        rng = checks.check_rng(rng, gram)
-    return active, rng, inputs
-
-
-def solve(
-    solver: str,
-    gram: Tensor,
-    options: Sequence[float],
-    active: Tensor | None,
-    rng: Tensor | None,
-    inputs: Tensor | None,
-    certified: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    """`ops.solve` of a plain tensor; ``certified``: the certificate is wanted."""
+def solve(gram: Tensor, call: SolverCall, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    """`ops.solve` of a plain tensor."""
     checks.check_gram(gram)
     chosen = dispatch.resolve(gram.device, backend)  # before float64, which the device may not have
     if gram.dtype is not torch.float64 or gram.requires_grad or not gram.is_contiguous():
         gram = gram.detach().to(torch.float64).contiguous()
-    active, rng, inputs = _solver_arguments(gram, active, rng, inputs)
-    return chosen.solve(solver, gram, active, rng, options, inputs, certified)
+    return _solve(chosen, call, checks.check_call(call, gram), gram)

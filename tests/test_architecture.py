@@ -2,6 +2,7 @@
 
 import ast
 import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def imported(path: Path, package: str) -> set[str]:
     return names
 
 
+def file_graph(package: str) -> dict[str, set[str]]:
+    """The files of a package by their dotted names, each with those that it imports, wherever in it."""
+    folder, name = ROOT / package, package.rpartition("/")[2]
+    files = {
+        ".".join([name, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path
+        for path in sources(package, ".py")
+    }
+    graph = {}
+    for module, path in files.items():
+        found = imported(path, package) & files.keys()
+        # `from . import name` takes the file of that name, and names its package on the way.
+        graph[module] = {base for base in found if not any(within(other, base) and other != base for other in found)}
+    return graph
+
+
 def attributes(path: Path) -> set[str]:
     """Every dotted name that a file uses, such as torch.nn.Module."""
     return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
@@ -53,6 +69,16 @@ def test_python_imports_run_one_way(package: str) -> None:
         if within(name, forbidden)
     ]
     assert not found and (files or package == "benchmarks")
+
+
+@pytest.mark.parametrize("package", ["mtl_kernels"])
+def test_no_files_import_each_other_in_a_ring(package: str) -> None:
+    graph = file_graph(package)
+    assert len(graph) > 10 and sum(map(len, graph.values())) > 10
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_the_kernel_layer_uses_no_modules_or_optimizers() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import SolverCall
 from ..rows import DTYPE_CODES, RowTable
 
 _cpu: Any = None
@@ -73,35 +74,27 @@ class CpuBackend:
             torch.get_num_threads(),
         )
 
-    def solve(
-        self,
-        solver: str,
-        gram: Tensor,
-        active: Tensor | None,
-        rng: Tensor | None,
-        options: Sequence[float],
-        inputs: Tensor | None,
-        certified: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         shape = gram.shape
         num_tasks = shape[-1]
         if len(shape) == 2:
             batch = 1
             weights = gram.new_empty(num_tasks)
-            certificate = gram.new_empty(2) if certified else None
+            certificate = gram.new_empty(2) if call.certified else None
         else:
             batch = math.prod(shape[:-2])
             weights = gram.new_empty(shape[:-1])
-            certificate = gram.new_empty((*shape[:-2], 2)) if certified else None
+            certificate = gram.new_empty((*shape[:-2], 2)) if call.certified else None
+        active, rng, inputs = call.active, call.rng, call.inputs
         _cpu.solve(
-            solver,
+            call.solver,
             batch,
             num_tasks,
             gram.data_ptr(),
             0 if active is None else active.data_ptr(),
             0 if active is None or active.dim() == 1 else num_tasks,
             0 if rng is None else rng.data_ptr(),
-            options,
+            call.options,
             0 if inputs is None else inputs.data_ptr(),
             0 if inputs is None or inputs.dim() == 1 else num_tasks,
             weights.data_ptr(),

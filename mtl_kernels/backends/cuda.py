@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import SolverCall
 from ..rows import DTYPE_CODES, RowTable
 from ..uploads import Cache, capturing, on_host, packed
 
@@ -154,21 +155,11 @@ class CudaBackend:
         self._gram(table, groups, gram, norms, cosines)
 
     def gram_solve_into(
-        self,
-        table: RowTable,
-        groups: Sequence[int],
-        gram: Tensor,
-        solver: str,
-        active: Tensor | None,
-        rng: Tensor | None,
-        advance_rng: bool,
-        options: Sequence[float],
-        inputs: Tensor | None,
+        self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall
     ) -> tuple[Tensor, Tensor]:
         weights = gram.new_empty(gram.shape[:-1])
         certificate = gram.new_empty((gram.shape[0], 2))
-        arguments = self._solver(solver, gram, active, rng, advance_rng, options, inputs, weights, certificate)
-        self._gram(table, groups, gram, solver=arguments)
+        self._gram(table, groups, gram, solver=self._solver(call, gram, weights, certificate))
         return weights, certificate
 
     def combine_into(
@@ -200,20 +191,11 @@ class CudaBackend:
                 handle,
             )
 
-    def solve(
-        self,
-        solver: str,
-        gram: Tensor,
-        active: Tensor | None,
-        rng: Tensor | None,
-        options: Sequence[float],
-        inputs: Tensor | None,
-        certified: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         stream, handle = self._stream(gram.device)
         weights = gram.new_empty(gram.shape[:-1])
         certificate = gram.new_empty((*gram.shape[:-2], 2))
-        arguments = self._solver(solver, gram, active, rng, False, options, inputs, weights, certificate)
+        arguments = self._solver(call._replace(advance_rng=False), gram, weights, certificate)
         batch, index = math.prod(gram.shape[:-2]), self._index(gram.device)
         needed = self._module.solve_scratch(index, arguments, batch)
         with stream.lock:
@@ -257,27 +239,17 @@ class CudaBackend:
                 stream.forget_counters()
                 raise
 
-    def _solver(
-        self,
-        solver: str,
-        gram: Tensor,
-        active: Tensor | None,
-        rng: Tensor | None,
-        advance_rng: bool,
-        options: Sequence[float],
-        inputs: Tensor | None,
-        weights: Tensor,
-        certificate: Tensor,
-    ) -> Any:
+    def _solver(self, call: SolverCall, gram: Tensor, weights: Tensor, certificate: Tensor) -> Any:
         num_tasks = gram.shape[-1]
+        active, inputs = call.active, call.inputs
         return self._module.SolverArguments(
-            solver,
+            call.solver,
             num_tasks,
             _address(active),
             0 if active is None or active.dim() == 1 else num_tasks,
-            _address(rng),
-            advance_rng,
-            options,
+            _address(call.rng),
+            call.advance_rng,
+            call.options,
             _address(inputs),
             0 if inputs is None or inputs.dim() == 1 else num_tasks,
             weights.data_ptr(),

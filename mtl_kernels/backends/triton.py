@@ -1,6 +1,6 @@
 """The Triton backend: GPUs of any maker, without a compiled extension; see `mtl_kernels.triton_kernels`.
 
-Triton is imported on first use. Solvers without a Triton form run from `reference` on the device.
+Triton is imported on first use. Solvers without a Triton kernel run on the host, see `backends.host`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import shutil
 import sys
@@ -20,10 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import SolverCall
+from ..definitions import solving
 from ..rows import RowTable
-from . import reference
+from . import host
 
-_SOLVERS = ("pcgrad", "min_norm")
+SOLVERS = ("min_norm", "pcgrad")
+"""Those that have a kernel."""
+
 _OLDEST_NVIDIA = (7, 0)
 _OLDEST_TRITON = (3, 5)
 """The first whose `tl.dot` multiplies float64."""
@@ -46,7 +49,7 @@ def _import_error() -> str | None:
     try:
         if (reason := _too_old(importlib.import_module("triton").__version__)) is not None:
             return reason
-        for name in ("common", "gram", "combine", *_SOLVERS):
+        for name in ("common", "gram", "combine", *SOLVERS):
             _kernels(name)
     except ModuleNotFoundError as error:
         if error.name == "triton":
@@ -129,23 +132,15 @@ class TritonBackend:
         with _on(table.device):
             _kernels("combine").combine_into(table, weights, groups, out, accumulate)
 
-    def solve(
-        self,
-        solver: str,
-        gram: Tensor,
-        active: Tensor | None,
-        rng: Tensor | None,
-        options: Sequence[float],
-        inputs: Tensor | None,
-        certified: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        reference.check_solver(solver, options, rng)
-        if solver not in _SOLVERS or math.prod(gram.shape[:-2]) == 0:
-            return reference.solve(solver, gram, active, rng, options, inputs, certified)
+    def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
+        solving.check(call)
+        if call.solver not in SOLVERS:
+            return host.solve(call, gram)
         weights = gram.new_empty(gram.shape[:-1])
         certificate = gram.new_zeros((*gram.shape[:-2], 2))
-        with _on(gram.device):
-            _kernels(solver).solve(weights, certificate, gram, active, rng, options)
+        if weights.numel() > 0:
+            with _on(gram.device):
+                _kernels(call.solver).solve(weights, certificate, gram, call)
         return weights, certificate
 
 

@@ -1,11 +1,22 @@
-"""The solvers, one file each: a public function, and its form in pure PyTorch."""
+"""The solvers, one file each: a public function and its definition in PyTorch.
 
-from . import min_norm, pcgrad
-from .common import Reference, Solution
-from .min_norm import min_norm_weights
-from .pcgrad import pcgrad_weights
+A file in this folder is all that Python needs to know of a solver: what it lists in ``__all__`` is public here and in
+`mtl_kernels`.
+"""
 
-__all__ = ["Solution", "min_norm_weights", "pcgrad_weights"]
+from __future__ import annotations
 
-REFERENCE: dict[str, Reference] = {"min_norm": min_norm.REFERENCE, "pcgrad": pcgrad.REFERENCE}
-"""The PyTorch form of every solver, by name."""
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+__all__: list[str] = []
+
+for _found in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_found.name}")
+    __all__ += _module.__all__
+    globals().update({_name: getattr(_module, _name) for _name in _module.__all__})
+
+if TYPE_CHECKING:  # what a loop finds, type checkers do not
+
+    def __getattr__(name: str) -> Any: ...

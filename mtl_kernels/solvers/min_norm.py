@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .common import Problems, Reference, Solution, prepare, settle, uniform
+from ..call import SolverCall
+from ..definitions.solving import Answer, Problem, defines
+from ..solution import Solution
+
+__all__ = ["min_norm_weights"]
 
 _EPSILON = torch.finfo(torch.float64).eps
 _FRANK_WOLFE_ITERATIONS = 250
@@ -49,10 +51,8 @@ def min_norm_weights(
         ValueError, TypeError: an unknown solver, max_iters < 1, a negative or nan tol, or tensors of the
             wrong shape, dtype or device.
     """
-    options = min_norm_options(solver, max_iters, tol)
-    weights, certificate = ops.solve("min_norm", gram, options=options, active=active, backend=backend)
-    gap, iterations = certificate.unbind(-1)
-    return Solution(weights, gap, iterations.to(torch.int64))
+    call = SolverCall("min_norm", min_norm_options(solver, max_iters, tol), active)
+    return Solution.of(*ops.solve(gram, call, backend=backend))
 
 
 def min_norm_options(solver: str, max_iters: int | None = None, tol: float | None = None) -> tuple[float, ...]:
@@ -71,180 +71,90 @@ def min_norm_options(solver: str, max_iters: int | None = None, tol: float | Non
     return (float(published), float(max_iters), float(tol))
 
 
-def reference(
-    gram: Tensor, active: Tensor, rng: Tensor | None, options: Sequence[float], inputs: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`min_norm_weights` in PyTorch, for a batch; options: (frank_wolfe, max_iters or 0, tol)."""
-    published, cap, tol = options
-    num_tasks = gram.shape[-1]
-    max_iters = int(cap) if cap > 0 else 10 * num_tasks + 40
-    problems = prepare(gram, active)
-    weights, iterations = (_frank_wolfe if published else _wolfe)(problems, max_iters, tol)
-    scale = _power_of_two_scale(_largest(problems))
-    product = _times(problems.gram * scale.view(-1, 1, 1), weights)
-    gap = (weights * product).sum(-1) - _least(product, active)[0]
-    gap = torch.where(problems.num_active > 0, gap.clamp(min=0) / scale, torch.zeros_like(gap))
-    return settle(problems, weights, gap, iterations)
+@defines("min_norm", num_options=3)
+def definition(problem: Problem) -> Answer:
+    """argmin of w'Gw over the simplex, and its gap; options: (frank_wolfe, max_iters or 0, tol)."""
+    published, cap, tol = problem.options
+    scale = _power_of_two_scale(problem.gram.diagonal().max())
+    gram = problem.gram * scale
+    max_iters = int(cap) if cap > 0 else 10 * problem.num_tasks + 40
+    w, iterations = (_frank_wolfe if published else _nearest_point)(gram, max_iters, tol)
+    gap = (w @ gram @ w - (gram @ w).min()).clamp(min=0) / scale
+    return Answer(w, gap.item(), iterations)
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+def _power_of_two_scale(value: Tensor) -> Tensor:
+    """The power of two that brings the value into [1/2, 1), exact to multiply by; 1 for 0."""
+    return torch.ldexp(torch.ones_like(value), -torch.frexp(value.clamp(min=0))[1].clamp(min=-1022))
 
 
-def _largest(problems: Problems) -> Tensor:
-    return problems.gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=0)
+def _frank_wolfe(gram: Tensor, max_iters: int, tol: float) -> tuple[Tensor, int]:
+    """Sener & Koltun 2018, Algorithm 2: w <- (1 - g) w + g e_t, t = argmin_j (Gw)_j, g by exact line search."""
+    w = torch.full_like(gram[0], 1 / len(gram))
+    for iteration in range(max_iters):
+        product = gram @ w
+        t = int(product.argmin())
+        value, least, corner = w @ product, product[t], gram[t, t]
+        if not value - least > tol * gram.diagonal().max():
+            return w / w.sum(), iteration
+        g = 1.0 if least >= corner else (value - least) / (value - 2 * least + corner)
+        w = (1 - g) * w
+        w[t] += g
+    return w / w.sum(), max_iters
 
 
-def _power_of_two_scale(values: Tensor) -> Tensor:
-    """The power of two that brings each value into [1/2, 1), exact to multiply by; 1 for 0."""
-    exponent = torch.where(values > 0, torch.frexp(values)[1], torch.zeros_like(values, dtype=torch.int32))
-    return torch.ldexp(torch.ones_like(values), -exponent.clamp(min=-1022))
-
-
-def _least(values: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Least value and its index in each row, among the entries that are True; inf where none is."""
-    least = torch.where(among, values, torch.full_like(values, math.inf)).min(dim=-1)
-    return least.values, least.indices
-
-
-def _one_hot(index: Tensor, num_tasks: int) -> Tensor:
-    return torch.arange(num_tasks, device=index.device) == index.unsqueeze(-1)
-
-
-def _all(done: Tensor) -> bool:
-    """Whether every problem is done; asked on a CPU only, elsewhere the answer would wait for the device."""
-    return done.device.type == "cpu" and bool(done.all())
-
-
-def _frank_wolfe(problems: Problems, max_iters: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Sener & Koltun 2018, Algorithm 2."""
-    num_tasks = problems.gram.shape[-1]
-    largest = _largest(problems)
-    scale = _power_of_two_scale(largest)
-    gram = problems.gram * scale.view(-1, 1, 1)
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    weights = uniform(problems)
-    product = _times(gram, weights)
-    done = problems.num_active == 0
-    iterations = torch.zeros_like(problems.num_active)
-    for _ in range(max_iters):
-        value = (weights * product).sum(-1)
-        least, vertex = _least(product, problems.active)
-        done = done | ~(value - least > tol * (largest * scale))
-        if _all(done):
+def _nearest_point(gram: Tensor, max_iters: int, tol: float) -> tuple[Tensor, int]:
+    """Wolfe 1976, on unit rows: with C their cosines, a_k = min n / n_k, w_k = a_k y_k: min y'Cy, a'y = 1, y >= 0."""
+    least, start = gram.diagonal().min(0)
+    if least <= 0:  # a zero row is the answer
+        return torch.eye(len(gram), dtype=gram.dtype, device="cpu")[start], 0
+    norm = gram.diagonal().sqrt()
+    a, cosines = norm[start] / norm, gram / norm / norm.unsqueeze(1)
+    support, entered, value = [int(start)], set[int](), torch.inf
+    y = best = (1 / a).where(torch.arange(len(a), device="cpu") == start, 0.0)
+    for iteration in range(max_iters + 1):
+        rounding = 2 * _EPSILON * len(a) * y.sum()
+        found = float(y @ cosines @ y)
+        if found > value + rounding * y.sum():  # rounding led astray
+            y, support = best, best.nonzero().flatten().tolist()
+        elif found < value - rounding * y.sum():
+            entered.clear()
+        best, value = y.clone(), min(found, value)
+        # A row enters where (Gw)_j < w'Gw; once only until the value falls, so that rounding makes no cycle.
+        violation = a * value - cosines @ y
+        below = violation > rounding * (1 + a * y.sum())
+        below[[*support, *entered]] = False
+        if iteration == max_iters or not below.any() or (violation / a)[below].max() * a.min() ** 2 <= tol:
             break
-        corner = squares.gather(-1, vertex.unsqueeze(-1)).squeeze(-1)
-        step = torch.where(least >= corner, torch.ones_like(value), (value - least) / (value - 2 * least + corner))
-        step = torch.where(done, torch.zeros_like(step), step).unsqueeze(-1)
-        row = gram.gather(-2, vertex.view(-1, 1, 1).expand(-1, 1, num_tasks)).squeeze(-2)
-        weights = (1 - step) * weights + step * _one_hot(vertex, num_tasks)
-        product = (1 - step) * product + step * row
-        iterations = iterations + ~done
-    total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total, weights), iterations
+        entering = int(violation.where(below, -torch.inf).argmax())
+        entered.add(entering)
+        support.append(entering)
+        leaving = True
+        while leaving:  # towards the least norm over the support; the first row whose y would turn negative leaves
+            own = y[support]
+            target, is_direction = _least_over(cosines, a, support)
+            change = target if is_direction else target - own
+            steps = [(float(own[i] / -change[i]), i) for i in range(len(own)) if change[i] < 0 and target[i] <= 0]
+            step, i = min(steps, default=(0.0, 0))
+            y[support] = (own + step * change).clamp(min=0) if steps else target
+            if leaving := bool(steps):
+                y[support.pop(i)] = 0.0
+            y /= a @ y
+    w = a * best
+    return w / w.sum(), iteration
 
 
-def _wolfe(problems: Problems, max_iters: int, tol: float) -> tuple[Tensor, Tensor]:
-    """Wolfe's active set on unit rows; csrc/include/mtl_kernels/solvers/min_norm.h has the derivation.
+def _least_over(cosines: Tensor, a: Tensor, support: list[int]) -> tuple[Tensor, bool]:
+    """Where y'Cy is least over a'y = 1 on the support: z / a'z with (C + aa') z = a.
 
-    A pass of the loop is one minor step for every problem of the batch, after a major step where due.
+    Where the last row depends on the others, so that there is no such point: the direction in which the norm falls.
     """
-    gram, active = problems.gram, problems.active
-    num_tasks = gram.shape[-1]
-    zero = gram.new_zeros(())
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    least, start = _least(squares, active)
-    at_start = _one_hot(start, num_tasks) & active
-    vertex_is_answer = ~(least > 0)
-    done = vertex_is_answer | (problems.num_active == 0)
-    solvable = (active & ~done.unsqueeze(-1)) & (squares > 0)
-    inverse_norm = torch.where(solvable, squares.clamp(min=0).sqrt().reciprocal(), zero)
-    a = torch.where(solvable, inverse_norm * least.clamp(min=0).sqrt().unsqueeze(-1), zero)
-    least_a = torch.where(solvable, a, torch.ones_like(a)).amin(-1)
-    cosines = gram * inverse_norm.unsqueeze(-1) * inverse_norm.unsqueeze(-2)
-    matrix = cosines + a.unsqueeze(-1) * a.unsqueeze(-2)
-    identity = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device)
-    rounding = 2 * _EPSILON * problems.num_active
-    floor = 4 * _EPSILON * problems.num_active
-
-    support = at_start & ~done.unsqueeze(-1)
-    entered = torch.zeros_like(support)
-    y = torch.where(support, a.reciprocal(), zero)
-    best = y
-    best_product = torch.zeros_like(y)
-    best_value = torch.full_like(least, math.inf)
-    best_length = torch.full_like(least, math.inf)
-    entering = start
-    due = torch.ones_like(done)
-    iterations = torch.zeros_like(problems.num_active)
-
-    passes = 4 * max_iters + 1
-    if gram.device.type != "cpu":
-        passes = min(passes, 6 * num_tasks + 24)
-    for _ in range(passes):
-        product = _times(cosines, y)
-        value = (y * product).sum(-1)
-        length = y.sum(-1)
-        noise = rounding * torch.minimum(length, best_length).square()
-        kept = due & (value <= best_value + noise)
-        fell = due & (value < best_value - noise)
-        entered = entered & ~fell.unsqueeze(-1)
-        best = torch.where(kept.unsqueeze(-1), y, best)
-        best_product = torch.where(kept.unsqueeze(-1), product, best_product)
-        best_length = torch.where(kept, length, best_length)
-        best_value = torch.where(kept, torch.minimum(value, best_value), best_value)
-        back = (due & ~kept).unsqueeze(-1)
-        y = torch.where(back, best, y)
-        support = torch.where(back, best > 0, support)
-
-        residual = best_product - a * best_value.unsqueeze(-1)
-        allowed = (rounding * best_length).unsqueeze(-1) * (1 + a * best_length.unsqueeze(-1))
-        violated = solvable & ~support & ~entered & (residual < -allowed)
-        gap = torch.where(violated, -residual / a, zero).amax(-1)
-        worst = _least(residual, violated)[1]
-        done = done | (due & (~violated.any(-1) | (gap * least_a * least_a <= tol) | (iterations >= max_iters)))
-        if _all(done):
-            break
-        begin = due & ~done
-        entering = torch.where(begin, worst, entering)
-        chosen = _one_hot(entering, num_tasks)
-        support = support | (chosen & begin.unsqueeze(-1))
-        entered = entered | (chosen & begin.unsqueeze(-1))
-        iterations = iterations + begin
-
-        rest = support & ~chosen
-        within = support & chosen
-        has_entering = within.any(-1)
-        column = torch.where(rest, _times(matrix, chosen.to(gram.dtype)), zero)
-        block = torch.where(rest.unsqueeze(-1) & rest.unsqueeze(-2), matrix, identity) + _EPSILON * identity
-        right = torch.stack((torch.where(rest, a, zero), -column), dim=-1)
-        solved = torch.linalg.solve_ex(block, right, check_errors=False).result
-        minimizer, kernel = solved[..., 0], solved[..., 1] + within.to(gram.dtype)
-        entering_a = (a * chosen).sum(-1)
-        diagonal = (matrix.diagonal(dim1=-2, dim2=-1) * chosen).sum(-1)
-        pivot = diagonal + (column * solved[..., 1]).sum(-1)
-        along_kernel = (has_entering & ~(pivot > floor)).unsqueeze(-1)
-        amount = (entering_a - (column * minimizer).sum(-1)) / pivot
-        minimizer = torch.where(has_entering.unsqueeze(-1), minimizer + kernel * amount.unsqueeze(-1), minimizer)
-        minimizer = minimizer / (a * minimizer).sum(-1, keepdim=True)
-
-        target = torch.where(along_kernel, kernel, minimizer)
-        delta = torch.where(along_kernel, kernel, minimizer - y)
-        leaves = support & torch.where(along_kernel, kernel < 0, minimizer <= 0)
-        step, first = _least(torch.where(y > 0, y / -delta, zero), leaves)
-        blocked = leaves.any(-1)
-        leaving = _one_hot(first, num_tasks) & blocked.unsqueeze(-1)
-        moved = torch.where(blocked.unsqueeze(-1), y + step.unsqueeze(-1) * delta, target)
-        moved = torch.where(support & ~leaving, moved.clamp(min=0), zero)
-        moved = torch.where(along_kernel, moved / (a * moved).sum(-1, keepdim=True), moved)
-        y = torch.where(done.unsqueeze(-1), y, moved)
-        support = support & ~leaving
-        due = ~blocked
-
-    weights = best * a
-    total = weights.sum(-1, keepdim=True)
-    weights = torch.where(total > 0, weights / total, torch.zeros_like(weights))
-    return torch.where(vertex_is_answer.unsqueeze(-1), at_start.to(weights.dtype), weights), iterations
-
-
-REFERENCE = Reference(reference, num_options=3, needs_rng=lambda options: False)
+    matrix = (cosines + torch.outer(a, a))[support][:, support]
+    inner = matrix[:-1, :-1] + _EPSILON * torch.eye(len(support) - 1, dtype=a.dtype, device="cpu")
+    solved = torch.linalg.solve(inner, torch.stack((a[support[:-1]], -matrix[:-1, -1]), -1))
+    z, kernel = torch.cat((solved, torch.tensor([[0.0, 1.0]], dtype=a.dtype, device="cpu"))).unbind(-1)
+    pivot = matrix[-1] @ kernel
+    if pivot <= 4 * _EPSILON * len(a):
+        return kernel * (a[support] @ kernel).sign(), True
+    z = z + kernel * ((a[support[-1]] - matrix[-1] @ z) / pivot)
+    return z / (a[support] @ z), False

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..call import SolverCall
+from ..definitions.solving import Answer, Problem, defines
 from ..rng import order_keys
-from .common import Reference, prepare, settle
+
+__all__ = ["pcgrad_weights"]
 
 
 def pcgrad_weights(
@@ -47,7 +49,7 @@ def pcgrad_weights(
     options = pcgrad_options(order, reduction)
     if order == "random" and rng is None and isinstance(gram, Tensor):
         rng = torch.randint(1 << 62, (2,), dtype=torch.int64, device=gram.device)
-    return ops.solve_weights("pcgrad", gram, options=options, active=active, rng=rng, backend=backend)
+    return ops.solve(gram, SolverCall("pcgrad", options, active, rng, certified=False), backend=backend)[0]
 
 
 def pcgrad_options(order: str, reduction: str) -> tuple[float, ...]:
@@ -59,36 +61,22 @@ def pcgrad_options(order: str, reduction: str) -> tuple[float, ...]:
     return (float(order == "random"), float(reduction == "mean"))
 
 
-def reference(
-    gram: Tensor, active: Tensor, rng: Tensor | None, options: Sequence[float], inputs: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`pcgrad_weights` in PyTorch, for a batch; options: (random, mean). All tasks visit at the same time."""
-    random, mean = options
-    problems = prepare(gram, active)
-    gram = problems.gram
-    batch, num_tasks, _ = gram.shape
-    last = torch.full((), 1 << 32, dtype=torch.int64, device=gram.device)
-    keys = torch.arange(num_tasks, device=gram.device).expand(gram.shape)
-    if rng is not None and random:
-        keys = order_keys(rng, batch, num_tasks)
-    itself = torch.eye(num_tasks, dtype=torch.bool, device=gram.device)
-    keys, visits = torch.where(itself | ~active.unsqueeze(-2), last, keys).sort(dim=-1)
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    coefficients = itself.to(gram.dtype).repeat(batch, 1, 1)
-    products = gram.clone()
-    for visit in range(num_tasks - 1):
-        j = visits[..., visit]
-        product = products.gather(-1, j.unsqueeze(-1)).squeeze(-1)
-        square = squares.gather(-1, j)
-        conflict = (product < 0) & (square > 0) & (keys[..., visit] < last)
-        factor = torch.where(conflict, product / square, torch.zeros_like(product)).unsqueeze(-1)
-        products -= factor * gram.gather(1, j.unsqueeze(-1).expand_as(gram))
-        coefficients.scatter_add_(-1, j.unsqueeze(-1), -factor)
-    weights = (coefficients * active.unsqueeze(-1)).sum(-2) * active
-    if mean:
-        weights = weights / problems.num_active.clamp(min=1).unsqueeze(-1)
-    nothing = gram.new_zeros(batch)
-    return settle(problems, weights, nothing, nothing)
-
-
-REFERENCE = Reference(reference, num_options=2, needs_rng=lambda options: options[0] != 0)
+@defines("pcgrad", num_options=2, needs_rng=lambda options: options[0] != 0)
+def definition(problem: Problem) -> Answer:
+    """Algorithm 1 on coefficients; options: (random, mean)."""
+    gram, tasks = problem.gram, problem.tasks
+    random, mean = problem.options
+    keys = order_keys(problem.rng, problem.position, problem.num_tasks) if random and problem.rng is not None else None
+    weights = torch.zeros_like(gram[0])
+    for i, task in enumerate(tasks):
+        others = [j for j in range(len(tasks)) if j != i]
+        if keys is not None:
+            others.sort(key=[keys[task, other].item() for other in tasks].__getitem__)
+        c = torch.zeros_like(gram[0])
+        c[i] = 1.0
+        for j in others:
+            s = gram[j] @ c
+            if s < 0 and gram[j, j] > 0:
+                c[j] -= s / gram[j, j]
+        weights += c
+    return Answer(weights / len(tasks) if mean else weights)

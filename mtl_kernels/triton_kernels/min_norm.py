@@ -8,12 +8,12 @@ The tableau lies in memory and is worked on ROWS rows at a time: in registers it
 """
 
 import struct
-from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import SolverCall
 from .common import bound
 from .problem import active_argument, configuration, count_bad, is_active
 
@@ -21,21 +21,14 @@ EPSILON = tl.constexpr(2.0**-52)
 INFINITY = tl.constexpr(float("inf"))
 
 
-def solve(
-    weights: Tensor,
-    certificate: Tensor,
-    gram: Tensor,
-    active: Tensor | None,
-    rng: Tensor | None,
-    options: Sequence[float],
-) -> None:
+def solve(weights: Tensor, certificate: Tensor, gram: Tensor, call: SolverCall) -> None:
     """Solves ``gram`` float64 ``[..., K, K]``; options: (frank_wolfe, max_iters or 0 for 10 K + 40, tol)."""
-    frank_wolfe, cap, tolerance = options
+    frank_wolfe, cap, tolerance = call.options
     num_tasks = gram.shape[-1]
     batch = gram.numel() // num_tasks**2
     shape = configuration(num_tasks)
     scratch = gram if frank_wolfe else gram.new_empty(batch * num_tasks * (num_tasks + 2))
-    mask, stride, has_active = active_argument(active, gram)
+    mask, stride, has_active = active_argument(call.active, gram)
     _min_norm_kernel[(batch,)](
         weights,
         certificate,

@@ -1,35 +1,27 @@
 """PCGrad in Gram space, one program per problem; csrc/include/mtl_kernels/solvers/pcgrad.h has the derivation."""
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..call import SolverCall
 from .common import bound
 from .problem import active_argument, configuration, count_bad, is_active
 
 
-def solve(
-    weights: Tensor,
-    certificate: Tensor,
-    gram: Tensor,
-    active: Tensor | None,
-    rng: Tensor | None,
-    options: Sequence[float],
-) -> None:
+def solve(weights: Tensor, certificate: Tensor, gram: Tensor, call: SolverCall) -> None:
     """Solves ``gram`` float64 ``[..., K, K]``, and leaves ``certificate`` as it is; options: (random, mean)."""
-    random, mean = (bool(option) for option in options)
+    random, mean = (bool(option) for option in call.options)
     num_tasks = gram.shape[-1]
     batch = gram.numel() // num_tasks**2
     shape = configuration(num_tasks)
-    mask, stride, has_active = active_argument(active, gram)
+    mask, stride, has_active = active_argument(call.active, gram)
     _pcgrad_kernel[(batch,)](
         weights,
         gram,
         mask,
         stride,
-        gram if rng is None else rng,
+        gram if call.rng is None else call.rng,
         num_tasks,
         TASKS=shape.tasks,
         ROWS=shape.rows,

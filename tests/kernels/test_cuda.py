@@ -252,7 +252,8 @@ def test_launches_inside_a_graph(num_tasks: int) -> None:
     out, rng = torch.empty(100_003, device="cuda"), mk.rng_state(3, device="cuda")
 
     def step() -> torch.Tensor:
-        _, weights, _ = mk.gram_solve(rows, "pcgrad", options=(1.0, 0.0), rng=rng, advance_rng=True, backend="cuda")
+        call = mk.SolverCall("pcgrad", (1.0, 0.0), rng=rng, advance_rng=True)
+        _, weights, _ = mk.gram_solve(rows, call, backend="cuda")
         mk.combine(rows, weights, out=out, backend="cuda")
         return weights
 

@@ -31,7 +31,7 @@ def everything(
     backend: str,
 ) -> list[torch.Tensor]:
     """What every operation finds."""
-    gram, pcgrad, certificate = mk.gram_solve(rows, "pcgrad", options=(1.0, 0.0), rng=rng, backend=backend)
+    gram, pcgrad, certificate = mk.gram_solve(rows, mk.SolverCall("pcgrad", (1.0, 0.0), rng=rng), backend=backend)
     min_norm = mk.min_norm_weights(gram, backend=backend)
     out, flag = [tensor.clone() for tensor in before], weights.new_zeros(1)
     mk.combine(rows, weights, out=out, scale=weights[:1], found_inf=flag, accumulate=True, backend=backend)

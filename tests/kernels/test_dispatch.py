@@ -205,7 +205,7 @@ def test_available_backends() -> None:
 def test_reference_module_is_the_reference_backend(seen: list[str]) -> None:
     gram = mk.reference.gram(ROWS)
     assert mk.reference.statistics(ROWS).gram.equal(gram)
-    assert mk.reference.gram_solve(ROWS, "pcgrad", options=(0.0, 0.0))[0].equal(gram)
+    assert mk.reference.gram_solve(ROWS, mk.SolverCall("pcgrad", (0.0, 0.0)))[0].equal(gram)
     assert seen == ["reference"] * 3
     assert mk.reference.norms is mk.norms and mk.reference.cosines is mk.cosines
     assert mk.reference.combine(ROWS, torch.ones(3)).shape == (10,)

@@ -8,7 +8,8 @@ from exact import make_rows
 from placement import rng_state
 
 import mtl_kernels as mk
-from mtl_kernels.backends import BACKENDS, reference
+from mtl_kernels.backends import BACKENDS
+from mtl_kernels.definitions import sums
 
 SHAPES = [(37, 5), (8,), (3, 3, 3), (257,), (1,)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -44,11 +45,11 @@ def test_gram_solve_is_gram_and_solve(backend: str, solver: str, num_tasks: int,
     rng, options = rng_state(5, 3), (1.0, 0.0) if solver == "pcgrad" else (0.0, 0.0, 0.0)
     active = torch.ones(num_tasks, dtype=torch.bool)
     active[num_tasks // 2 :: 3] = num_tasks < 3
-    kwargs = {"options": options, "rng": rng, "backend": backend}
     for mask in (None, active):
-        gram, weights, certificate = mk.gram_solve(rows, solver, groups=groups, active=mask, **kwargs)
+        call = mk.SolverCall(solver, options, mask, rng)
+        gram, weights, certificate = mk.gram_solve(rows, call, groups=groups, backend=backend)
         assert torch.equal(gram, mk.gram(rows, groups=groups, backend=backend))
-        expected, expected_certificate = mk.ops.solve(solver, gram, active=mask, **kwargs)
+        expected, expected_certificate = mk.ops.solve(gram, call, backend=backend)
         assert torch.equal(weights, expected)
         assert torch.equal(certificate, expected_certificate)
     assert rng.tolist() == [5, 3]
@@ -56,20 +57,23 @@ def test_gram_solve_is_gram_and_solve(backend: str, solver: str, num_tasks: int,
 
 def test_gram_solve_advances_the_generator_once(backend: str) -> None:
     rows, rng = make_rows(4, SHAPES, seed=3), rng_state(7, 1)
-    kwargs = {"options": (1.0, 0.0), "backend": backend}
-    first = mk.gram_solve(rows, "pcgrad", rng=rng, advance_rng=True, groups=[0, 1, 2, 3, 4], **kwargs)
+    call = mk.SolverCall("pcgrad", (1.0, 0.0), rng=rng, advance_rng=True)
+    first = mk.gram_solve(rows, call, groups=[0, 1, 2, 3, 4], backend=backend)
     assert rng.tolist() == [7, 2]
-    again = mk.gram_solve(rows, "pcgrad", rng=rng_state(7, 1), groups=[0, 1, 2, 3, 4], **kwargs)
+    call = mk.SolverCall("pcgrad", (1.0, 0.0), rng=rng_state(7, 1))
+    again = mk.gram_solve(rows, call, groups=[0, 1, 2, 3, 4], backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_gram_solve_bad_input(backend: str) -> None:
     with pytest.raises(ValueError, match="advance_rng needs an rng state"):
-        mk.gram_solve(torch.ones(2, 3), "pcgrad", options=(0.0, 0.0), advance_rng=True, backend=backend)
+        mk.gram_solve(torch.ones(2, 3), mk.SolverCall("pcgrad", (0.0, 0.0), advance_rng=True), backend=backend)
     with pytest.raises(ValueError, match="unknown solver"):
-        mk.gram_solve(torch.ones(2, 3), "nothing", backend=backend)
+        mk.gram_solve(torch.ones(2, 3), mk.SolverCall("nothing"), backend=backend)
+    with pytest.raises(TypeError, match="expected a SolverCall, found 'pcgrad'"):
+        mk.gram_solve(torch.ones(2, 3), "pcgrad", backend=backend)
     with pytest.raises((ValueError, TypeError), match="active"):
-        mk.gram_solve(torch.ones(2, 3), "pcgrad", options=(0.0, 0.0), active=torch.ones(3), backend=backend)
+        mk.gram_solve(torch.ones(2, 3), mk.SolverCall("pcgrad", (0.0, 0.0), torch.ones(3)), backend=backend)
 
 
 def expected_combination(
@@ -162,7 +166,7 @@ def test_a_backend_asked_for_computes_it_itself(backend: str, monkeypatch: pytes
         pytest.fail("ran the reference")
 
     monkeypatch.setattr(BACKENDS["reference"], "combine_into", fail)
-    monkeypatch.setattr(reference, "combine_into", fail)
+    monkeypatch.setattr(sums, "combine_into", fail)
     rows, flag = torch.ones(2, 3), torch.zeros(1)
     for dtype in DTYPES:
         out = torch.ones(3, dtype=dtype)
@@ -179,14 +183,14 @@ def test_the_number_of_options(backend: str, solver: str, number: int) -> None:
     for wrong in (0, number - 1, number + 1):
         message = f"solver '{solver}' takes {number} options, found {wrong}"
         with pytest.raises(ValueError, match=message):
-            mk.ops.solve(solver, torch.eye(2, dtype=torch.float64), options=(0.0,) * wrong, backend=backend)
+            mk.ops.solve(torch.eye(2, dtype=torch.float64), mk.SolverCall(solver, (0.0,) * wrong), backend=backend)
         with pytest.raises(ValueError, match=message):
-            mk.gram_solve(torch.ones(2, 3), solver, options=(0.0,) * wrong, backend=backend)
+            mk.gram_solve(torch.ones(2, 3), mk.SolverCall(solver, (0.0,) * wrong), backend=backend)
 
 
 def test_a_random_order_needs_a_state(backend: str) -> None:
     with pytest.raises(ValueError, match="solver 'pcgrad' needs an rng state with these options"):
-        mk.gram_solve(torch.ones(2, 3), "pcgrad", options=(1.0, 0.0), backend=backend)
+        mk.gram_solve(torch.ones(2, 3), mk.SolverCall("pcgrad", (1.0, 0.0)), backend=backend)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1.0])
@@ -243,7 +247,8 @@ def test_they_compile(backend: str, compiler: str) -> None:
     matrix, rng = torch.randn(3, 50), rng_state(1)
 
     def step(matrix: torch.Tensor, rng: torch.Tensor, out: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
-        _, weights, _ = mk.gram_solve(matrix, "pcgrad", options=(1.0, 0.0), rng=rng, advance_rng=True, backend=backend)
+        call = mk.SolverCall("pcgrad", (1.0, 0.0), rng=rng, advance_rng=True)
+        _, weights, _ = mk.gram_solve(matrix, call, backend=backend)
         scale = torch.full((1,), 0.5)
         mk.combine(matrix, weights, out=out, scale=scale, found_inf=flag, accumulate=True, backend=backend)
         return (

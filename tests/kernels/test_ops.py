@@ -77,9 +77,9 @@ def test_opcheck_of_solve(backend: str, solver: str, lead: tuple[int, ...]) -> N
     matrix = torch.randn(*lead, 4, 6, dtype=torch.float64)
     options = [1.0, 0.0] if solver == "pcgrad" else [0.0, 0.0, 0.0]
     for active in (None, torch.tensor([True, False, True, True])):
-        opcheck(OPS.solve.default, (solver, matrix @ matrix.mT, options, active, rng_state(3), None, backend))
+        opcheck(OPS.solve.default, (matrix @ matrix.mT, backend, solver, options, active, rng_state(3), None))
     single = (matrix @ matrix.mT).float().requires_grad_()
-    opcheck(OPS.solve.default, (solver, single, options, None, rng_state(3), None, backend))
+    opcheck(OPS.solve.default, (single, backend, solver, options, None, rng_state(3), None))
 
 
 def step(first: Tensor, second: Tensor, shared: Tensor, rng: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
@@ -293,14 +293,14 @@ def test_grad_modes(backend: str, mode: Callable[[], object]) -> None:
 
 def test_unknown_solver(backend: str) -> None:
     with pytest.raises(ValueError, match="nope"):
-        ops.solve("nope", torch.eye(2), backend=backend)
+        ops.solve(torch.eye(2), mk.SolverCall("nope"), backend=backend)
 
 
 def test_solve_never_reads_beyond_its_arguments(backend: str, device: torch.device) -> None:
     """In a process of its own: the compiled solvers get addresses and trust them."""
     code = f"""
 import torch
-from mtl_kernels import ops
+from mtl_kernels import SolverCall, ops
 torch.set_default_device({device.type!r})
 int64 = torch.int64
 for solver, options, rng in (
@@ -312,7 +312,7 @@ for solver, options, rng in (
     ("pcgrad", (), None),
 ):
     try:
-        ops.solve(solver, torch.eye(3), options=options, rng=rng, backend={backend!r})
+        ops.solve(torch.eye(3), SolverCall(solver, options, rng=rng), backend={backend!r})
         print("took", solver, options, rng, flush=True)
     except (ValueError, TypeError) as error:
         print("refused", error, flush=True)
@@ -325,5 +325,6 @@ for solver, options, rng in (
 def test_rng_of_any_stride(backend: str) -> None:
     matrix = torch.randn(8, 4, dtype=torch.float64)
     strided = torch.tensor([7, -1, 9, -1])[::2]
-    found = ops.solve("pcgrad", matrix @ matrix.T, options=(1.0, 0.0), rng=strided, backend=backend)[0]
+    call = mk.SolverCall("pcgrad", (1.0, 0.0), rng=strided)
+    found = ops.solve(matrix @ matrix.T, call, backend=backend)[0]
     assert torch.equal(found, mk.pcgrad_weights(matrix @ matrix.T, rng=rng_state(7, 9), backend=backend))

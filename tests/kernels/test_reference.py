@@ -1,68 +1,77 @@
-"""The reference on a device that the host must not wait for; "meta" stands for it."""
-
-from typing import Any
+"""The definitions: the loop that they share, and what happens where the host would have to wait inside a capture."""
 
 import pytest
 import torch
-from exact import DTYPES, make_rows
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from mtl_kernels.backends import reference
-from mtl_kernels.rows import RowTable
-
-SHAPES = [(40,), (7, 9), (5,), (3,)]
+import mtl_kernels as mk
+from mtl_kernels.backends import BACKENDS, host, triton
+from mtl_kernels.definitions import solving
 
 
-class OnOneDevice(TorchDispatchMode):
-    """Refuses what brings a value to the device or back: the host would wait, and a capture fail."""
+def test_a_definition_sees_its_active_tasks_alone() -> None:
+    seen = []
+    gram = torch.arange(32.0).double().view(2, 4, 4)
+    active = torch.tensor([[True, False, True, True], [False] * 4])
+    inputs = torch.arange(4.0).double()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
-        assert all(tensor.device.type == "meta" for tensor in tensors), function
-        assert function is not torch.ops.aten._local_scalar_dense.default
-        return found
+    @solving.defines("throw_away", num_options=1)
+    def definition(problem: solving.Problem) -> solving.Answer:
+        seen.append(problem)
+        return solving.Answer(problem.gram.diagonal(), 0.25, 7)
 
-
-@pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> RowTable:
-    def fail(*arguments: object, **options: object) -> None:
-        pytest.fail("made a tensor from values of the host")
-
-    rows = make_rows(5, SHAPES, DTYPES, missing=0.4, seed=1)
-    table = RowTable([[None if tensor is None else tensor.to("meta") for tensor in row] for row in rows])
-    assert any(0 < sum(column) < 5 for column in zip(*table.reached, strict=True))
-    for name in ("tensor", "as_tensor", "from_numpy"):
-        monkeypatch.setattr(torch, name, fail)
-    return table
-
-
-def test_gram_moves_nothing(table: RowTable) -> None:
-    out = torch.zeros(2, 5, 5, dtype=torch.float64, device="meta")
-    with OnOneDevice():
-        reference.gram_into(table, [0, 1, 1, 0], out)
+    try:
+        call = mk.SolverCall("throw_away", (3.0,), active, inputs=inputs)
+        weights, certificate = mk.ops.solve(gram, call, backend="reference")
+    finally:
+        del solving.DEFINITIONS["throw_away"]
+    (problem,) = seen
+    assert problem.gram.tolist() == [[0, 2, 3], [8, 10, 11], [12, 14, 15]]
+    assert (problem.tasks, problem.num_tasks, problem.position) == ([0, 2, 3], 4, 0)
+    assert problem.options == (3.0,) and problem.inputs.tolist() == [0, 2, 3]
+    assert weights.tolist() == [[0, 0, 10, 15], [0] * 4]
+    assert certificate.tolist() == [[0.25, 7], [0, 0]]
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_combine_moves_nothing(table: RowTable, accumulate: bool) -> None:
-    out = [None if like is None else torch.empty_like(like) for like in table.like]
-    with OnOneDevice():
-        weights = torch.zeros(1, 5, dtype=torch.float64, device="meta")
-        reference.combine_into(table, weights, [0] * 4, out, accumulate)
+def test_a_definition_is_short_and_solves_one_problem() -> None:
+    """They are there to be read: about 40 lines each, whatever batches, masks and infinities need is shared."""
+    import ast
+    import inspect
+
+    for module in {definition.answer.__module__ for definition in solving.DEFINITIONS.values()}:
+        tree = ast.parse(inspect.getsource(__import__(module, fromlist=["_"])))
+        lengths = {
+            node.name: node.end_lineno - node.lineno + 1
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and not node.name.endswith(("_weights", "_options"))
+        }
+        assert max(lengths.values()) <= 46, lengths
 
 
-@pytest.mark.parametrize(("solver", "options"), [("pcgrad", (1.0, 0.0)), ("min_norm", (0.0, 0.0, 0.0))])
-def test_solvers_move_nothing(table: RowTable, solver: str, options: tuple[float, ...]) -> None:
-    gram, rng = (
-        torch.zeros(3, 5, 5, dtype=torch.float64, device="meta"),
-        torch.empty(2, dtype=torch.int64, device="meta"),
-    )
-    with OnOneDevice():
-        reference.solve(solver, gram, None, rng, options, None, True)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_solve_on_the_host_is_refused_in_a_capture(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "capturing", lambda device: True)
+    monkeypatch.setattr(triton, "SOLVERS", ())
+    with pytest.raises(RuntimeError, match="solver 'min_norm' would run on the host while a CUDA graph is captured"):
+        BACKENDS[backend].solve(mk.SolverCall("min_norm", (0.0, 0.0, 0.0)), torch.eye(3).double())
 
 
-def test_absent_rows_are_zeros_at_their_place(cpu_only: None) -> None:
-    product = torch.arange(1.0, 7.0).view(3, 2)
-    spread = reference._spread(product, [1, 2, 4], 6)
-    assert spread.tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [5, 6], [0, 0]]
+@pytest.mark.parametrize("compiled", [True, False])
+def test_solvers_without_a_triton_kernel_run_on_the_host(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled solver, bit for bit, or by its definition where there is none."""
+    monkeypatch.setattr(triton, "SOLVERS", ())
+    expected_from = "cpu" if compiled else "reference"
+    if compiled and BACKENDS["cpu"].missing() is not None:
+        pytest.skip("the compiled backend is not here")
+    if not compiled:
+        monkeypatch.setattr(host.CpuBackend, "missing", lambda self: "not built")
+    rows = torch.randn(2, 7, 20, dtype=torch.float64)
+    gram = rows @ rows.mT
+    active = torch.ones(2, 7, dtype=torch.bool)
+    active[1, 3] = False
+    for name, options in (("min_norm", (0.0, 0.0, 0.0)), ("pcgrad", (1.0, 0.0))):
+        call = mk.SolverCall(name, options, active, mk.rng_state(3, device="cpu"))
+        found = BACKENDS["triton"].solve(call, gram)
+        expected = BACKENDS[expected_from].solve(call, gram)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="unknown solver 'nothing'"):
+        BACKENDS["triton"].solve(mk.SolverCall("nothing"), gram)

@@ -10,22 +10,7 @@ import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import RowTable, Solution, ops
-
-
-class SolverCall(NamedTuple):
-    """A solver of `mtl_kernels` and what it is called with: the declarative form of a method.
-
-    Attributes:
-        solver: its name. options: in its own order.
-        rng: int64 ``[2]``, whose step the call advances; None for solvers that draw nothing.
-        certified: whether its certificate says something.
-    """
-
-    solver: str
-    options: tuple[float, ...] = ()
-    rng: Tensor | None = None
-    certified: bool = True
+from mtl_kernels import RowTable, Solution, SolverCall, ops
 
 
 class Weighted(NamedTuple):
@@ -61,7 +46,7 @@ class Method:
         return True
 
     def solver_call(self, device: torch.device) -> SolverCall | None:
-        """The solver that gives the weights, for a Gram matrix on ``device``; None if `solve` does it otherwise."""
+        """The solver of `mtl_kernels` that gives the weights, on ``device``; None if `solve` does it otherwise."""
         return None
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
@@ -78,12 +63,8 @@ class Method:
         check_gram(type(self).__name__, gram)
         if (call := self.solver_call(gram.device)) is None:
             raise NotImplementedError(f"{type(self).__name__} defines neither solver_call() nor solve()")
-        weights, certificate = ops.solve(call.solver, gram, options=call.options, active=active, rng=call.rng)
-        if call.rng is not None:
-            call.rng[1:].add_(1)
-        if not call.certified:
-            return Solution(weights)
-        return Solution(weights, certificate[..., 0], certificate[..., 1].to(torch.int64))
+        weights, certificate = ops.solve(gram, call._replace(active=active))
+        return Solution.of(weights, certificate if call.certified else None)
 
     def weigh(
         self,
@@ -105,15 +86,7 @@ class Method:
             if gap is None or iterations is None:
                 return Weighted(gram, weights, None)
             return Weighted(gram, weights, torch.stack((gap, iterations.to(gap.dtype)), -1))
-        gram, weights, certificate = mtl_kernels.gram_solve(
-            rows,
-            call.solver,
-            options=call.options,
-            groups=groups,
-            active=active,
-            rng=call.rng,
-            advance_rng=call.rng is not None,
-        )
+        gram, weights, certificate = mtl_kernels.gram_solve(rows, call._replace(active=active), groups=groups)
         return Weighted(gram, weights, certificate if call.certified else None)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import Solution
+from mtl_kernels import Solution, SolverCall
 from mtl_kernels.solvers.min_norm import min_norm_options
 
-from .base import Method, SolverCall, check_choice, check_gram
+from .base import Method, check_choice, check_gram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

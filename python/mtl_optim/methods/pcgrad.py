@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import mtl_kernels
+from mtl_kernels import SolverCall
 from mtl_kernels.solvers.pcgrad import pcgrad_options
 
 from ..cuda_graphs import refuse_capture
-from .base import Method, SolverCall, check_choice
+from .base import Method, check_choice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +55,13 @@ class PCGrad(Method):
     def solver_call(self, device: torch.device) -> SolverCall:
         """Solver "pcgrad", in closed form: the summed coefficients of the projected gradients."""
         rng = self._rng(device) if self.order == "random" else None
-        return SolverCall("pcgrad", pcgrad_options(self.order, self.reduction), rng, certified=False)
+        return SolverCall(
+            "pcgrad",
+            pcgrad_options(self.order, self.reduction),
+            rng=rng,
+            advance_rng=rng is not None,
+            certified=False,
+        )
 
     def _rng(self, device: torch.device) -> Tensor:
         rng = self.state.get("rng")

@@ -1,0 +1,30 @@
+"""A solver and what it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class SolverCall(NamedTuple):
+    """Everything about a solve but the Gram matrix, as one value that operations, operators and backends hand on.
+
+    Attributes:
+        solver: its name, such as "min_norm".
+        options: its hyper-parameters, in its own order.
+        active: bool ``[K]`` or ``[..., K]``; tasks that are False take no part and get weight 0.
+        rng: int64 ``[2]``, seed and step, see `mtl_kernels.rng_state`; None for solvers that draw nothing.
+        inputs: extra inputs of each task, ``[K]`` or ``[..., K]``.
+        advance_rng: add one to the step of ``rng`` on its device, once every problem has read it.
+        certified: whether the certificate is wanted; those of solvers in closed form say nothing.
+    """
+
+    solver: str
+    options: Sequence[float] = ()
+    active: Tensor | None = None
+    rng: Tensor | None = None
+    inputs: Tensor | None = None
+    advance_rng: bool = False
+    certified: bool = True
