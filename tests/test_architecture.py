@@ -71,7 +71,7 @@ def test_python_imports_run_one_way(package: str) -> None:
     assert not found and (files or package == "benchmarks")
 
 
-@pytest.mark.parametrize("package", ["mtl_kernels"])
+@pytest.mark.parametrize("package", ["mtl_kernels", "python/mtl_optim"])
 def test_no_files_import_each_other_in_a_ring(package: str) -> None:
     graph = file_graph(package)
     assert len(graph) > 10 and sum(map(len, graph.values())) > 10

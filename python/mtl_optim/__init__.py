@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from . import methods
-from .methods import MGDA, Constant, Mean, Method, PCGrad, Solution, Sum
-from .optimizer import MultiTaskOptimizer
-from .report import Report
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "MGDA",
-    "Constant",
-    "Mean",
-    "Method",
-    "MultiTaskOptimizer",
-    "PCGrad",
-    "Report",
-    "Solution",
-    "Sum",
-    "methods",
-]
+from . import methods
+from .methods import *  # noqa: F403
+from .monitor.report import Report
+from .optimizer import MultiTaskOptimizer
+
+__all__ = ["MultiTaskOptimizer", "Report", "methods", *(name for name in methods.__all__ if name[0].isupper())]
+
+if TYPE_CHECKING:  # the methods, which type checkers do not find
+
+    def __getattr__(name: str) -> Any: ...

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from mtl_optim.step.lazy import LazyGrad
 
 
 def rows_of(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[list[Tensor | None]]:
@@ -85,6 +87,12 @@ class TwoHeads(nn.Module):
         return [transform(out - (-1) ** k * (k + 1) * target).mean() for k, out in enumerate(outputs)]
 
 
+def uncombined(params: Iterable[Tensor]) -> list[Tensor | None]:
+    """What ``.grad`` holds beside the rows that wait to be combined, which reading it would combine."""
+    held = [param.grad.added if isinstance(param.grad, LazyGrad) else param.grad for param in params]
+    return [None if grad is None else grad.clone() for grad in held]
+
+
 __all__ = [
     "TwoHeads",
     "flatten",
@@ -92,4 +100,5 @@ __all__ = [
     "pcgrad_fixed",
     "pcgrad_orders",
     "rows_of",
+    "uncombined",
 ]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtl_optim import MGDA, Mean, MultiTaskOptimizer, PCGrad
-from optim.oracle import TwoHeads
+from optim.oracle import TwoHeads, uncombined
 
 METHODS = [PCGrad(seed=7), MGDA(), MGDA(normalize="loss+"), Mean()]
 SHAPES = [(3, 5), (), (70,), (2, 3, 2, 2), (0,), (4,), (33,), (6, 1)]
@@ -85,7 +85,7 @@ def train(seed: int, capture: str) -> list[list[Tensor | None]]:
                 with opt.task(name, accumulate=True) as task:
                     task.loss = loss
                     loss.backward()
-            seen.append([None if p.grad is None else p.grad.clone() for p in params])
+            seen.append(uncombined(params))
         opt.step()
         seen.append([None if p.grad is None else p.grad.clone() for p in params])
         seen.append([p.detach().clone() for p in params])
@@ -111,7 +111,7 @@ def test_addresses_stay() -> None:
     for step in range(4):
         opt.zero_grad()
         opt.backward(model.losses(step), accumulate=True)
-        rows.add(tuple(address for row in opt._pending.rows.values() for address in addresses(row)))
+        rows.add(tuple(address for row in opt._training.pending.rows.values() for address in addresses(row)))
         opt.combine()
         gradients.add(tuple(addresses(p.grad for p in model.parameters())))
         opt.step()
@@ -134,10 +134,12 @@ def test_rows_share_no_memory() -> None:
     model = TwoHeads(3)
     opt = arena(model)
     opt.backward(model.losses(), accumulate=True)
-    spans = sorted((g.data_ptr(), g.nbytes) for row in opt._pending.rows.values() for g in row if g is not None)
+    spans = sorted(
+        (g.data_ptr(), g.nbytes) for row in opt._training.pending.rows.values() for g in row if g is not None
+    )
     assert len(spans) == 3 * 4 + 3 * 2
     assert all(begin + size <= end for (begin, size), (end, _) in itertools.pairwise(spans))
-    (buffer,) = opt._pending._capture._buffers
+    (buffer,) = opt._training.pending._capture._buffers
     assert buffer.shape == (3, 32 * 11) and buffer.is_contiguous()  # ten parameters, one of more than 256 bytes
 
 
@@ -145,7 +147,7 @@ def test_one_buffer_per_dtype() -> None:
     a, b = nn.Parameter(torch.ones(3, dtype=torch.bfloat16)), nn.Parameter(torch.ones(200))
     opt = MultiTaskOptimizer(torch.optim.SGD([a, b], lr=0.1), Mean(), capture="arena", tasks=["x", "y", "z"])
     opt.backward({"x": a.sum() + b.sum(), "y": a.sum()})
-    assert [(t.dtype, tuple(t.shape)) for t in opt._pending._capture._buffers] == [
+    assert [(t.dtype, tuple(t.shape)) for t in opt._training.pending._capture._buffers] == [
         (torch.bfloat16, (3, 128)),
         (torch.float32, (3, 256)),
     ]
@@ -161,7 +163,9 @@ def test_autograd_keeps_no_second_copy() -> None:
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: found.append(p.grad.data_ptr()))
     opt.backward(model.losses(), accumulate=True)
-    assert sorted(found) == sorted(filter(None, addresses(g for row in opt._pending.rows.values() for g in row)))
+    assert sorted(found) == sorted(
+        filter(None, addresses(g for row in opt._training.pending.rows.values() for g in row))
+    )
 
 
 def test_a_task_that_comes_later_moves_no_row() -> None:
@@ -171,26 +175,26 @@ def test_a_task_that_comes_later_moves_no_row() -> None:
     for name, loss in (("a", first), ("b", second)):
         with opt.task(name):
             loss.backward(retain_graph=True)
-    before = addresses(opt._pending.rows["a"])
-    content = [None if g is None else g.clone() for g in opt._pending.rows["a"]]
+    before = addresses(opt._training.pending.rows["a"])
+    content = [None if g is None else g.clone() for g in opt._training.pending.rows["a"]]
     with opt.task("c"):
         third.backward()
-    assert all(same_bits(a, b) for a, b in zip(opt._pending.rows["a"], content, strict=True))
+    assert all(same_bits(a, b) for a, b in zip(opt._training.pending.rows["a"], content, strict=True))
     opt.step()
     opt.zero_grad()
     opt.backward({"d": model.losses(1)[3], "a": model.losses(1)[0]}, accumulate=True)
-    assert addresses(opt._pending.rows["a"]) == before and len(opt._pending._capture._rows) == 4
+    assert addresses(opt._training.pending.rows["a"]) == before and len(opt._training.pending._capture._rows) == 4
 
 
 def test_parameters_that_change() -> None:
     model = TwoHeads(2)
     opt = arena(model)
     opt.backward(model.losses())
-    rows = len(opt._pending._capture._rows["0"])
+    rows = len(opt._training.pending._capture._rows["0"])
     opt.add_param_group({"params": [extra := nn.Parameter(torch.ones(2, dtype=torch.float64))]})
     opt.zero_grad()
     opt.backward([loss * extra.sum() for loss in model.losses()])
-    assert len(opt._pending._capture._rows["0"]) == rows + 1 and extra.grad is not None
+    assert len(opt._training.pending._capture._rows["0"]) == rows + 1 and extra.grad is not None
     model.to(torch.float32)
     extra.data = extra.data.float()
     opt.zero_grad()
@@ -206,7 +210,7 @@ def test_gradients_in_the_rows_survive_the_next_pass() -> None:
     before = [p.grad.clone() for p in model.parameters()]
     with opt.task("0"):
         model.losses(1)[0].backward()
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(p, g) for p, g in zip(uncombined(model.parameters()), before, strict=True))
 
 
 def test_what_has_no_plain_memory_is_refused() -> None:
@@ -215,7 +219,7 @@ def test_what_has_no_plain_memory_is_refused() -> None:
     out = embedding(torch.tensor([1, 3]))
     with pytest.raises(TypeError, match=r"dense gradients, found a Tensor with layout sparse_coo.*\"harvest\""):
         opt.backward([out.sum(), out.square().sum()])
-    assert embedding.weight.grad is None and not opt._pending.rows
+    assert embedding.weight.grad is None and not opt._training.pending.rows
 
     class Tagged(Tensor):
         pass
@@ -235,7 +239,7 @@ def test_nothing_is_left_behind() -> None:
     opt.backward(model.losses())
     twin, other = copy.deepcopy((model, opt))
     other.backward(twin.losses(), accumulate=True)
-    assert addresses(other._pending.rows["0"]) != addresses(p.grad for p in model.parameters())
+    assert addresses(other._training.pending.rows["0"]) != addresses(p.grad for p in model.parameters())
     assert "capture='arena'" in repr(other)
     weight = model.trunk[0].weight
     assert len(weight._post_accumulate_grad_hooks) == 1
@@ -252,7 +256,7 @@ def test_buffers_are_waited_for_on_their_own_device(monkeypatch: pytest.MonkeyPa
     opt.backward(model.losses())
     devices = [torch.device(name) for name in ("cuda:1", "cuda:1", "cpu", "cuda:3")]
     buffers = [SimpleNamespace(is_cuda=device.type == "cuda", device=device) for device in devices]
-    monkeypatch.setattr(opt._pending._capture, "_buffers", buffers)
+    monkeypatch.setattr(opt._training.pending._capture, "_buffers", buffers)
     waited: list[object] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
     model.trunk[0].requires_grad_(False)

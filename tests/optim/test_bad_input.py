@@ -71,7 +71,7 @@ def test_graph_freed(model: TwoHeads, opt: MultiTaskOptimizer) -> None:
         opt.backward({"a": losses[0], "b": losses[1]})
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
-    assert not opt._pending.rows
+    assert not opt._training.pending.rows
 
 
 def test_error_in_the_method(model: TwoHeads, opt: MultiTaskOptimizer) -> None:
@@ -85,13 +85,13 @@ def test_error_in_the_method(model: TwoHeads, opt: MultiTaskOptimizer) -> None:
     with pytest.raises(ArithmeticError):
         broken.backward(model.losses())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
-    assert broken.tasks == () and not broken._pending.rows and broken.report is None
+    assert broken.tasks == () and not broken._training.pending.rows and broken.report is None
 
 
 def test_outside_parameters_warn_once(model: TwoHeads) -> None:
     extra = nn.Parameter(torch.ones((), dtype=torch.float64))
     opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PCGrad())
-    with pytest.warns(UserWarning, match=r"reach 1 tensor\(s\)"):
+    with pytest.warns(UserWarning, match=r"reach 1 parameter\(s\)"):
         opt.backward([loss * extra for loss in model.losses()])
     assert torch.allclose(extra.grad, sum(model.losses()))
     with warnings.catch_warnings():
@@ -135,7 +135,7 @@ def test_step_without_capture(model: TwoHeads) -> None:
 
 def test_too_many_names(model: TwoHeads) -> None:
     opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum())
-    opt._progress.tasks = tuple(str(k) for k in range(127))
+    opt._training.progress.tasks = tuple(str(k) for k in range(127))
     with pytest.raises(ValueError, match=r"129 task names.*made anew"):
         opt.backward(dict(zip("ab", model.losses(), strict=True)))
 
@@ -146,11 +146,12 @@ def test_several_devices() -> None:
         MultiTaskOptimizer(sgd(a, b), Sum()).backward([a.sum(), a.prod()])
 
 
-def test_nothing_managed(model: TwoHeads) -> None:
-    group = {"params": list(model.parameters()), "mtl": False}
-    opt = MultiTaskOptimizer(torch.optim.SGD([group], lr=0.1), Sum())
-    with pytest.raises(ValueError, match="no parameter to combine"):
-        opt.backward(model.losses())
+def test_nothing_requires_grad(model: TwoHeads) -> None:
+    opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), Sum())
+    losses = model.losses()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the optimizer's requires grad"):
+        opt.backward(losses)
 
 
 def test_several_ranks(model: TwoHeads, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,11 +199,11 @@ def test_memory_of_a_captured_graph_is_kept() -> None:
     opt.zero_grad()
     with capturing():
         opt.backward(model.losses())
-    held = list(opt._pending._capture._buffers)
+    held = list(opt._training.pending._capture._buffers)
     model.trunk[0].requires_grad_(False)
     opt.zero_grad()
     opt.backward(model.losses())
-    assert opt._pending._capture._kept == held and opt._pending._capture._buffers[0] is not held[0]
+    assert opt._training.pending._capture._kept == held and opt._training.pending._capture._buffers[0] is not held[0]
 
 
 @pytest.mark.gpu

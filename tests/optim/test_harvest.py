@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_optim import Constant, MultiTaskOptimizer, PCGrad, Sum
-from optim.oracle import TwoHeads, flatten, pcgrad_fixed, rows_of
+from optim.oracle import TwoHeads, flatten, pcgrad_fixed, rows_of, uncombined
 
 FIXED = PCGrad(order="fixed")
 
@@ -121,14 +121,14 @@ def test_rows_that_were_overwritten_are_dropped(replayed: tuple[nn.Parameter, nn
     capture("a", 1.0)
     with pytest.warns(UserWarning, match="rows of this step were dropped"), pytest.raises(RuntimeError, match="arena"):
         capture("b", -3.0)
-    assert not opt._pending.rows and w.grad is None
+    assert not opt._training.pending.rows and w.grad is None
     with opt.task("a"):
         v.sum().backward()
     w.grad = torch.ones(4)
     # The overwritten row is one of the failed call itself: what was captured before is whole.
     with pytest.raises(RuntimeError, match="arena"):
         opt.backward({"b": Replayed.apply(w).sum(), "c": Replayed.apply(w).sum()}, accumulate=True)
-    assert list(opt._pending.rows) == ["a"] and w.grad.tolist() == [1] * 4
+    assert list(opt._training.pending.rows) == ["a"] and w.grad.tolist() == [1] * 4
 
 
 def test_gradients_of_an_earlier_step_that_are_overwritten(replayed: tuple[nn.Parameter, nn.Parameter]) -> None:
@@ -226,7 +226,7 @@ def test_a_row_that_changes_after_its_capture_is_refused() -> None:
     for refused in (opt.combine, opt.step, lambda: capture("x", accumulate=True)):
         with pytest.raises(RuntimeError, match=text):
             refused()
-    assert a.grad is None and list(opt._pending.rows) == ["x", "y"]
+    assert uncombined([a]) == [None] and list(opt._training.pending.rows) == ["x", "y"]
     opt.zero_grad()
     b.requires_grad_(False)
     capture("x")
@@ -263,6 +263,6 @@ def test_a_failed_pass_leaves_nothing_behind() -> None:
     with pytest.raises(KeyError), opt.task("1"):
         losses[1].backward(retain_graph=True)
         raise KeyError("mine")
-    assert len(seen) == 12 and all(ref() is None for ref in seen) and list(opt._pending.rows) == ["0"]
+    assert len(seen) == 12 and all(ref() is None for ref in seen) and list(opt._training.pending.rows) == ["0"]
     opt.backward({"1": losses[1], "2": losses[2]})
     assert opt.report.tasks == ("0", "1", "2")

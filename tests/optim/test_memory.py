@@ -52,6 +52,8 @@ def test_combine_allocates_next_to_nothing(method, granularity: str) -> None:  #
     tasks = 4
     model = Model(tasks)
     opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method, granularity=granularity)
+    opt.backward(model.losses())
+    opt.zero_grad()
     opt.backward(model.losses(), accumulate=True)
     rows = sum(p.numel() for p in model.trunk.parameters()) * tasks * 4
     control = allocated(lambda: torch.empty(1000, dtype=torch.float32))
@@ -64,7 +66,7 @@ def test_gradients_live_in_the_first_row() -> None:
     model = Model(3)
     opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PCGrad())
     opt.backward(model.losses(), accumulate=True)
-    first = [g.untyped_storage().data_ptr() for g in opt._pending.rows["0"][:8]]
+    first = [g.untyped_storage().data_ptr() for g in opt._training.pending.rows["0"][:8]]
     opt.combine()
     assert [p.grad.untyped_storage().data_ptr() for p in model.trunk.parameters()] == first
 
@@ -73,7 +75,7 @@ def test_rows_are_freed_with_the_combination() -> None:
     model = Model(3)
     opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PCGrad())
     opt.backward(model.losses(), accumulate=True)
-    held = [[weakref.ref(g) for g in row if g is not None] for row in opt._pending.rows.values()]
+    held = [[weakref.ref(g) for g in row if g is not None] for row in opt._training.pending.rows.values()]
     gc.disable()
     try:
         opt.combine()

@@ -1,20 +1,35 @@
-"""The combination methods: weights from the Gram matrix of the task gradients."""
+"""The combination methods, one file each: weights from the Gram matrix of the task gradients.
+
+A file in this folder is all that a method needs: every class in it that is a `Method` with a name is public here and in
+`mtl_optim`.
+"""
 
 from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import TYPE_CHECKING, Any
 
 from mtl_kernels import Solution
 
 from .base import Method
-from .constant import Constant, Mean, Sum
-from .mgda import MGDA
-from .pcgrad import PCGrad
 
-__all__ = ["MGDA", "Constant", "Mean", "Method", "PCGrad", "Solution", "Sum", "available", "get"]
+_BY_NAME: dict[str, type[Method]] = {}
+
+for _found in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_found.name}")
+    for _class in vars(_module).values():
+        if inspect.isclass(_class) and issubclass(_class, Method) and "name" in vars(_class):
+            _BY_NAME[_class.name] = _class
+            globals()[_class.__name__] = _class
+
+__all__ = ["Method", "Solution", "available", "get", *sorted(cls.__name__ for cls in _BY_NAME.values())]
 
 
 def available() -> list[str]:
     """The names `get` knows, sorted."""
-    return sorted(_by_name())
+    return sorted(_BY_NAME)
 
 
 def get(name: str) -> type[Method]:
@@ -23,13 +38,12 @@ def get(name: str) -> type[Method]:
     Raises:
         ValueError: the name is unknown; the text lists the known ones.
     """
-    found = _by_name().get(name.lower()) if isinstance(name, str) else None
+    found = _BY_NAME.get(name.lower()) if isinstance(name, str) else None
     if found is None:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(available())}")
     return found
 
 
-def _by_name() -> dict[str, type[Method]]:
-    """Every class in ``__all__`` that has a name: there is no second list to keep."""
-    classes = (value for value in map(globals().get, __all__) if isinstance(value, type) and issubclass(value, Method))
-    return {cls.name: cls for cls in classes if cls is not Method}
+if TYPE_CHECKING:  # what a loop finds, type checkers do not
+
+    def __getattr__(name: str) -> Any: ...

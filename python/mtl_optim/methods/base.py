@@ -45,6 +45,24 @@ class Method:
         """Whether scaling every row by c scales the combination by c, as GradScaler takes for granted."""
         return True
 
+    @property
+    def weighs_alone(self) -> bool:
+        """Whether a task that comes alone may have another weight than 1."""
+        return False
+
+    @property
+    def stops_at_zero_rows(self) -> bool:
+        """Whether a task whose gradient is zero makes the combination zero."""
+        return False
+
+    def bound_to(self, tasks: tuple[str, ...]) -> Method:
+        """The method for rows of these tasks, in this order; itself where it does not go by names.
+
+        Raises:
+            ValueError: it lacks something for one of them.
+        """
+        return self
+
     def solver_call(self, device: torch.device) -> SolverCall | None:
         """The solver of `mtl_kernels` that gives the weights, on ``device``; None if `solve` does it otherwise."""
         return None
@@ -82,7 +100,7 @@ class Method:
         """
         if (call := self.solver_call(rows.device)) is None:
             gram = mtl_kernels.gram(rows, groups=groups)
-            weights, gap, iterations = self.solve(gram, losses=losses, active=active)
+            weights, gap, iterations = self._solution(gram, self.solve(gram, losses=losses, active=active))
             if gap is None or iterations is None:
                 return Weighted(gram, weights, None)
             return Weighted(gram, weights, torch.stack((gap, iterations.to(gap.dtype)), -1))
@@ -91,7 +109,26 @@ class Method:
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """One weight per original row, float64 ``[..., K]``; the arguments are those of `solve`."""
-        return self.solve(gram, losses=losses, active=active).weights
+        return self._solution(gram, self.solve(gram, losses=losses, active=active)).weights
+
+    def _solution(self, gram: Tensor, found: object) -> Solution:
+        """What a subclass's `solve` returned, which may be the weights alone.
+
+        Raises:
+            TypeError, ValueError: it is neither, or not one weight per row.
+        """
+        solution = Solution(found) if isinstance(found, Tensor) else found
+        if not isinstance(solution, Solution):
+            raise TypeError(
+                f"{type(self).__name__}.solve() returned {type(found).__name__}; expected a Solution, or a tensor of "
+                "weights [..., K]"
+            )
+        if solution.weights.shape != gram.shape[:-1]:
+            raise ValueError(
+                f"{type(self).__name__}.solve() returned weights of shape {list(solution.weights.shape)}; expected "
+                f"{list(gram.shape[:-1])}, one per row"
+            )
+        return solution
 
     def __call__(
         self,

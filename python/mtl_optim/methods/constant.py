@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,8 +50,12 @@ class Mean(Method):
 class Constant(Method):
     """w = the given weights: a strong baseline when tuned (Kurin et al. 2022, arXiv 2201.04122).
 
+    A task that comes alone is weighted as well, but for parameters that were seen to be its own.
+
     Args:
-        weights: K finite weights >= 0, in the order of the tasks. To climb a loss, negate the loss itself.
+        weights: finite weights >= 0 by the names of the tasks, ``Constant({"depth": 1.0, "normals": 0.01})``; or a
+            sequence of K, for the tasks in the order in which they are first seen, which is safe where all come in
+            every step. To climb a loss, negate the loss itself.
 
     Raises:
         TypeError, ValueError: no weights, or a weight that is not a finite number >= 0.
@@ -59,25 +63,55 @@ class Constant(Method):
 
     name: ClassVar[str] = "constant"
 
-    weights_per_task: tuple[float, ...]
+    weights_per_task: tuple[float, ...] | dict[str, float]
     _on_device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _bound: dict[tuple[str, ...], Constant] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-    def __init__(self, weights: Sequence[float] | Tensor) -> None:
-        object.__setattr__(self, "weights_per_task", _as_weights(weights))
+    def __init__(self, weights: Mapping[str, float] | Sequence[float] | Tensor) -> None:
+        values = _as_weights(list(weights.values()) if isinstance(weights, Mapping) else weights)
+        if isinstance(weights, Mapping) and not all(isinstance(name, str) for name in weights):
+            raise TypeError(f"Constant: expected the names of tasks as strings, found {list(weights)}")
+        kept = dict(zip(weights, values, strict=True)) if isinstance(weights, Mapping) else values
+        object.__setattr__(self, "weights_per_task", kept)
         object.__setattr__(self, "state", {})
         object.__setattr__(self, "_on_device", {})
+        object.__setattr__(self, "_bound", {})
 
     def __getstate__(self) -> dict[str, Any]:
         # Loaded with another map_location, a copy on a device would be found under the name of the old one.
-        return {**self.__dict__, "_on_device": {}}
+        return {**self.__dict__, "_on_device": {}, "_bound": {}}
+
+    @property
+    def weighs_alone(self) -> bool:
+        """True: the weight of a task holds whether or not others are there."""
+        return True
+
+    def bound_to(self, tasks: tuple[str, ...]) -> Constant:
+        """The weights of these tasks, in their order; see `Method.bound_to`."""
+        by_name = self.weights_per_task
+        if not isinstance(by_name, dict):
+            return self
+        if tasks not in self._bound:
+            if missing := [task for task in tasks if task not in by_name]:
+                raise ValueError(
+                    f"Constant has weights for {list(by_name)} and none for task {missing[0]!r}; add it, or name the "
+                    "losses so: opt.backward({name: loss, ...})"
+                )
+            self._bound[tasks] = Constant([by_name[task] for task in tasks])
+        return self._bound[tasks]
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The given weights for every problem; see `Method.solve`.
 
         Raises:
-            ValueError: the number of weights is not K.
+            ValueError: the number of weights is not K, or they go by names.
         """
         check_gram("Constant", gram)
+        if isinstance(self.weights_per_task, dict):
+            raise ValueError(
+                f"Constant was given weights by the names {list(self.weights_per_task)}, which a Gram matrix does not "
+                "tell; call .bound_to(tasks) with the names of its rows first"
+            )
         if gram.shape[-1] != len(self.weights_per_task):
             raise ValueError(
                 f"Constant has {len(self.weights_per_task)} weights for {gram.shape[-1]} tasks; pass one "

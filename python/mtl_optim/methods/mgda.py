@@ -13,7 +13,7 @@ import mtl_kernels
 from mtl_kernels import Solution, SolverCall
 from mtl_kernels.solvers.min_norm import min_norm_options
 
-from .base import Method, check_choice, check_gram
+from .base import Method, check_active, check_choice, check_gram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +32,8 @@ class MGDA(Method):
         weights_for: "original" maps the simplex weights back to the original rows (w_k / s_k for rows
             divided by s_k), so that d is the minimum-norm combination of the normalised rows; "normalized"
             uses the simplex weights on the original rows, as the published code does.
+        zero_rows: a task whose gradient is zero is stationary, and "stop" (the definition) gives d = 0 as long as it
+            is; "skip" leaves such tasks out of the step.
 
     The gap is that of the solved, normalised problem. Except with ``weights_for="normalized"``, a normalised
     MGDA step does not scale with the gradients; it therefore refuses to run with GradScaler.
@@ -47,11 +49,13 @@ class MGDA(Method):
     max_iters: int | None = None
     tol: float | None = None
     weights_for: Literal["original", "normalized"] = "original"
+    zero_rows: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         check_choice("MGDA", "normalize", self.normalize, ("none", "l2", "loss", "loss+"))
         check_choice("MGDA", "solver", self.solver, ("exact", "frank_wolfe"))
         check_choice("MGDA", "weights_for", self.weights_for, ("original", "normalized"))
+        check_choice("MGDA", "zero_rows", self.zero_rows, ("stop", "skip"))
         if self.max_iters is not None:
             if isinstance(self.max_iters, bool) or not isinstance(self.max_iters, int):
                 raise TypeError(f"MGDA: expected max_iters as an integer, found {self.max_iters!r}")
@@ -73,9 +77,19 @@ class MGDA(Method):
         """False where rows are divided by something that grows with them."""
         return self.normalize == "none" or self.weights_for == "normalized"
 
+    @property
+    def weighs_alone(self) -> bool:
+        """True where weights undo a normalisation."""
+        return not self.scales_with_gradient
+
+    @property
+    def stops_at_zero_rows(self) -> bool:
+        """True for zero_rows="stop"."""
+        return self.zero_rows == "stop"
+
     def solver_call(self, device: torch.device) -> SolverCall | None:
-        """Solver "min_norm", on rows as they are; None where they are normalised first."""
-        if self.normalize != "none":
+        """Solver "min_norm", on rows as they are; None where they are looked at first."""
+        if self.normalize != "none" or self.zero_rows == "skip":
             return None
         return SolverCall("min_norm", min_norm_options(self.solver, self.max_iters, self.tol))
 
@@ -85,9 +99,11 @@ class MGDA(Method):
         Raises:
             TypeError, ValueError: losses missing or of the wrong shape where normalize needs them.
         """
-        if self.normalize == "none":
-            return super().solve(gram, losses=losses, active=active)
         check_gram("MGDA", gram)
+        check_active("MGDA", gram, active)
+        if self.zero_rows == "skip":
+            there = gram.diagonal(dim1=-2, dim2=-1) != 0
+            active = there if active is None else there & active
         scale = self._scale(gram, losses)
         problem = gram.double() / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
         weights, gap, iterations = mtl_kernels.min_norm_weights(

@@ -17,6 +17,11 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.layout is torch.strided
 
 
+def as_real(tensor: Tensor | None) -> Tensor | None:
+    """A complex tensor as pairs of reals in the same memory, whose inner products are those that a step goes by."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor is not None and tensor.is_complex() else tensor
+
+
 def same_tensors(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     """Whether two sequences hold the same objects in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .cuda_graphs import capturing, refuse_capture
+from ..cuda_graphs import capturing, refuse_capture
 from .grads import Row, is_plain, put_grads, same_tensors, take_grads
 
 _ALIGNMENT = 256

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 import mtl_kernels
 from mtl_kernels import RowTable
 
-from .cuda_graphs import capturing, refuse_capture
-from .grads import Row
-from .methods.base import Method
-from .report import Report
+from ..capture.grads import Row, as_real
+from ..cuda_graphs import capturing, refuse_capture
+from ..monitor.report import Report
+from ..options import Options
+from .parameters import Parameters
 
 _MASKS_KEPT = 64
 
@@ -37,53 +39,71 @@ class Combined:
 class Combiner:
     """Combines rows with a method; see `MultiTaskOptimizer` for the options."""
 
-    def __init__(self, method: Method, head_scaling: str, granularity: str) -> None:
-        self.method = method
-        self.head_scaling = head_scaling
-        self.granularity = granularity
+    def __init__(self, options: Options) -> None:
+        self._options = options
         self._masks: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
         self._in_graph = False  # a captured graph goes on reading the masks it was captured with
+        self._heads = WeakIdKeyDictionary()
 
     def __call__(
-        self, tasks: tuple[str, ...], rows: Sequence[Row], group_of: Sequence[int], losses: Tensor | None
+        self, tasks: tuple[str, ...], rows: Sequence[Row], parameters: Parameters, losses: Tensor | None
     ) -> Combined:
         """Combines K rows over P parameters, writing into the rows.
 
         Args:
             rows: one per task, all None for an absent task.
-            group_of: the param group of every parameter.
             losses: ``[K]`` for methods that need them.
         """
+        options, method = self._options, self._options.method.bound_to(tasks)
+        group_of = parameters.group_of
         reached_by = [[k for k, row in enumerate(rows) if row[p] is not None] for p in range(len(group_of))]
-        owner = [task[0] if len(task) == 1 else None for task in reached_by]
-        shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
+        shared = self._shared(reached_by, parameters.managed) if method.weighs_alone else None
+        if shared is None:
+            shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
+        together = set(shared)
+        owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
         grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
         if not shared:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
-        table = RowTable([[row[p] for p in shared] for row in rows], disjoint=True)
-        kernel_groups = None if self.granularity == "model" else groups
+        table = RowTable([[as_real(row[p]) for p in shared] for row in rows], disjoint=True)
+        kernel_groups = None if options.granularity == "model" else groups
         mask = self._mask(pattern, table.device)
-        active = mask[0] if self.granularity == "model" else mask
+        active = mask[0] if options.granularity == "model" else mask
         everyone = all(map(all, pattern))
-        gram, weights, certificate = self.method.weigh(
+        gram, weights, certificate = method.weigh(
             table, groups=kernel_groups, losses=losses, active=None if everyone else active
         )
         combined = mtl_kernels.combine(table, weights, out=table.like, groups=kernel_groups)
         for p, grad in zip(shared, combined, strict=True):
-            grads[p] = grad
-        if self.head_scaling == "weights":
-            problem_of = {problem: s for s, problem in enumerate(problems)} if self.granularity == "group" else {}
+            grads[p] = torch.view_as_complex(grad) if parameters.managed[p].is_complex() else grad
+        if options.head_scaling == "weights":
+            problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
             _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], weights, active)
         report = Report(tasks, gram, weights, active, certificate, problems)
         return Combined(grads, owner, report)
 
+    def _shared(self, reached_by: Sequence[Sequence[int]], params: Sequence[Tensor]) -> list[int] | None:
+        """What to weight where one task is there alone: all it reaches but known heads. None in any other step.
+
+        A parameter is known as a head once a step of several tasks had a single one reach it.
+        """
+        present = {k for tasks in reached_by for k in tasks}
+        if len(present) > 1:
+            for param, tasks in zip(params, reached_by, strict=True):
+                if len(tasks) == 1:
+                    self._heads[param] = True
+                elif tasks:
+                    self._heads.pop(param, None)
+            return None
+        return [p for p, tasks in enumerate(reached_by) if tasks and params[p] not in self._heads]
+
     def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
         """The problem of each shared parameter, and what the problems stand for."""
-        if self.granularity == "model":
+        if self._options.granularity == "model":
             return [0] * len(shared), ()
-        if self.granularity == "parameter":
+        if self._options.granularity == "parameter":
             return list(range(len(shared))), tuple(shared)
         problems = sorted({group_of[p] for p in shared})
         index = {group: s for s, group in enumerate(problems)}

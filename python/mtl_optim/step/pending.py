@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from .capture import Capture
-from .grads import Row, same_tensors
-from .graph import reaches_nothing
+from ..capture.grads import Row, same_tensors
+from ..capture.protocol import Capture
+from ..warn import warn_user
+from .lazy import LazyGrad, stand_aside, stand_in
+from .losses import reaches_nothing
+from .parameters import Parameters
 
 
 class Pending:
@@ -18,27 +19,32 @@ class Pending:
 
     Args:
         capture: how a backward pass becomes a row.
+        combine: what somebody who looks at a gradient before its combination calls.
 
     Attributes:
         rows: one per task. losses: the values of their losses, for methods that need them.
         accumulating: whether `backward` may add to the rows without being asked to.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, combine: Callable[[], None]) -> None:
         self.rows: dict[str, Row] = {}
         self.losses: dict[str, Tensor] = {}
         self.accumulating = False
         self._params: list[Tensor] = []
+        self._lazy: list[LazyGrad | None] = []
         self._capture = capture
+        self._combine = combine
 
     def clear(self) -> None:
         """Forgets everything, so that the memory of the rows is free."""
-        self.rows, self.losses, self.accumulating, self._params = {}, {}, False, []
+        stand_aside(self._params)
+        self.rows, self.losses, self.accumulating, self._params, self._lazy = {}, {}, False, [], []
         self._capture.forget()
 
     def keep(self, rows: dict[str, Row], losses: dict[str, Tensor], params: list[Tensor]) -> None:
-        """Replaces what is kept."""
+        """Replaces what is kept; ``.grad`` then stands for the combination to come."""
         self.rows, self.losses, self._params = rows, losses, params
+        self._lazy = stand_in(params, list(rows.values()), self._combine)
 
     def check_new(self, name: str) -> None:
         """Raise RuntimeError if the task has a row already."""
@@ -49,11 +55,35 @@ class Pending:
             )
 
     def check_params(self, params: Sequence[Tensor]) -> None:
-        """Raise RuntimeError if the rows were captured over other parameters."""
-        if self.rows and not same_tensors(self._params, params):
+        """Looks whether the rows still belong to this step and these parameters.
+
+        Where all gradients were cleared since they were captured, without `zero_grad` of this optimizer, the step was
+        abandoned: the rows are dropped, with a warning.
+
+        Raises:
+            RuntimeError: they were captured over other parameters, or some of the gradients were cleared.
+        """
+        if not self.rows:
+            return
+        if not same_tensors(self._params, params):
             raise RuntimeError(
                 "the parameters that require grad changed since tasks were captured; call zero_grad() and capture again"
             )
+        there = [param.grad is not None for param, lazy in zip(params, self._lazy, strict=True) if lazy is not None]
+        if all(there):
+            return
+        if any(there):
+            raise RuntimeError(
+                f"the gradients of {there.count(False)} of {len(there)} parameters were cleared (model.zero_grad(), or "
+                ".grad = None) while captured rows wait to be combined. To abandon the step call opt.zero_grad(); to "
+                "drop single gradients call opt.combine() before you clear them"
+            )
+        warn_user(
+            f"the gradients were cleared without opt.zero_grad() after {', '.join(map(repr, self.rows))} had been "
+            "captured: the step counts as abandoned, and its rows were dropped. Call opt.zero_grad() instead of "
+            "model.zero_grad() or opt.optimizer.zero_grad()"
+        )
+        self.clear()
 
     def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
         """Makes ready for rows of these tasks; see `Capture.prepare`."""
@@ -63,10 +93,11 @@ class Pending:
         """Sets ``.grad`` for a pass of the task, on top of its row so far."""
         self._capture.open(name, params, previous)
 
-    def take(self, name: str, params: Sequence[Tensor], previous: Row | None, others: Sequence[Tensor]) -> Row:
-        """The row now in ``.grad``; see `Capture.take`. Raise ValueError if it is empty."""
-        row = self._capture.take(params, previous, others)
-        if all(grad is None for grad in row):
+    def take(self, name: str, parameters: Parameters, previous: Row | None, outside: Sequence[Tensor]) -> Row:
+        """The row now in ``.grad``; see `Capture.take`. Raise ValueError if nothing at all was reached."""
+        others = [*parameters.others, *outside]
+        row = self._capture.take(parameters.managed, previous, others)
+        if all(grad is None for grad in row) and all(param.grad is None for param in parameters.others):
             raise reaches_nothing(name)
         return row
 
@@ -90,16 +121,6 @@ class Pending:
         """Drops rows that a failed pass has changed: half a micro-batch must not be stepped with."""
         if self._capture.close() or versions != self.versions():
             self.clear()
-            warnings.warn(
-                "a pass that failed has changed rows captured before: all rows of this step were dropped",
-                UserWarning,
-                stacklevel=4,
-            )
+            warn_user("a pass that failed has changed rows captured before: all rows of this step were dropped")
         elif not self.rows:
             self._capture.forget()
-
-
-def stack_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device) -> Tensor:
-    """Loss values in the order of the tasks, float64 ``[K]``; 1 for an absent task."""
-    absent = torch.ones((), dtype=torch.float64, device=device)
-    return torch.stack([losses[name].to(device) if name in losses else absent for name in tasks])

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture.grads import same_tensors
+from ..capture.graph import reached_leaves
 from .combination import Combined
-from .grads import same_tensors
-from .graph import Parameters, reached_leaves
+from .parameters import Parameters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,13 +51,14 @@ class Reusable:
         """The same one step later."""
         return dataclasses.replace(self, age=self.age + 1, params=tuple(managed))
 
-    def fits(self, managed: Sequence[Tensor]) -> bool:
-        """Whether ``owner`` speaks of these parameters; a state dict tells no more than their number."""
-        return len(self.owner) == len(managed) if self.params is None else same_tensors(self.params, managed)
+    def serves(self, named: Mapping[str, Tensor], managed: Sequence[Tensor], every: int) -> bool:
+        """Whether a step of these losses may use the weights, of which every ``every``-th are new.
 
-    @property
-    def finite(self) -> bool:
-        """Whether the weights may be used again; the host waits for them the first time."""
+        A state dict tells of the parameters no more than their number. The host waits for the weights the first time.
+        """
+        same = len(self.owner) == len(managed) if self.params is None else same_tensors(self.params, managed)
+        if self.age + 1 >= every or set(self.present) != set(named) or not same:
+            return False
         return self.age > 0 or bool(self.weights.isfinite().all())
 
     def too_coarse(self, named: Mapping[str, Tensor]) -> torch.dtype | None:
@@ -76,11 +78,13 @@ class Reusable:
         named: Mapping[str, Tensor],
         parameters: Parameters,
         plain_heads: bool,
+        keep_outside: bool,
     ) -> list[Callable[..., None]] | None:
         """The backward passes that give every tensor what a step with these weights gives it.
 
         Shared parameters get the weighted sum. Single-task ones with ``plain_heads`` and leaves that are not
-        managed get the plain sum, in a pass of its own that goes no further down the graph than it must.
+        managed get the plain sum, in a pass of its own that goes no further down the graph than it must;
+        those outside the optimizer nothing with ``keep_outside``.
 
         Returns:
             Functions that take ``retain_graph``; None if the graph hides parameters, so that a pass for some
@@ -92,15 +96,18 @@ class Reusable:
             id(p) for p, k in zip(parameters.managed, self.owner, strict=True) if k is None or not plain_heads
         }
         leaves, hides = reached_leaves(losses)
+        inside = {id(p) for p in (*parameters.managed, *parameters.others)}
+        if hides and not inside <= {id(leaf) for leaf in leaves}:
+            return None
+        if keep_outside:
+            leaves = [leaf for leaf in leaves if id(leaf) in inside]
         plain = [leaf for leaf in leaves if id(leaf) not in weighted_ids]
         weighted = [leaf for leaf in leaves if id(leaf) in weighted_ids]
         backward = functools.partial(torch.autograd.backward, losses)
-        if hides and not {id(p) for p in (*parameters.managed, *parameters.others)} <= {id(leaf) for leaf in leaves}:
-            return None
-        if not plain:
+        if not plain and not keep_outside:
             return [functools.partial(backward, scales)]
-        first = functools.partial(backward, inputs=plain)
-        return [first, functools.partial(backward, scales, inputs=weighted)] if weighted else [first]
+        passes: list[Callable[..., None]] = [functools.partial(backward, inputs=plain)] if plain else []
+        return [*passes, functools.partial(backward, scales, inputs=weighted)] if weighted else passes
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and a tensor."""

@@ -1,0 +1,1 @@
+"""How the rows of several ranks become one; so far one rank alone, and everything else is refused."""

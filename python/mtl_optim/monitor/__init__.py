@@ -1,0 +1,1 @@
+"""What the combinations looked like."""

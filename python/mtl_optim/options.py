@@ -1,0 +1,126 @@
+"""What a `MultiTaskOptimizer` is built of, and the checks of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .capture import CAPTURES
+from .distributed.local import check_whole
+from .methods import Method, available
+from .methods.base import check_choice
+
+OWNER = "MultiTaskOptimizer"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """The options of `MultiTaskOptimizer`, where they are described.
+
+    Attributes:
+        fixed_tasks: the names of ``tasks``; None if they are free.
+
+    Raises:
+        TypeError, ValueError: an option of another type, or an unknown one.
+    """
+
+    method: Method
+    head_scaling: str = "none"
+    granularity: str = "model"
+    capture: str = "harvest"
+    refresh_every: int = 1
+    outside: str = "sum"
+    fixed_tasks: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"{OWNER}: expected an instance of a method such as PCGrad(), found {self.method!r}; known methods: "
+                f"{', '.join(available())}"
+            )
+        check_choice(OWNER, "head_scaling", self.head_scaling, ("none", "weights"))
+        check_choice(OWNER, "granularity", self.granularity, ("model", "group", "parameter"))
+        check_choice(OWNER, "capture", self.capture, tuple(CAPTURES))
+        check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
+        every = self.refresh_every
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"{OWNER}: expected refresh_every as an integer, found {every!r}")
+        if every < 1:
+            raise ValueError(f"{OWNER}: expected refresh_every >= 1, found {every}")
+        if every > 1 and self.granularity != "model":
+            raise ValueError(
+                f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
+                'does not have; use granularity="model" or refresh_every=1'
+            )
+
+    def __repr__(self) -> str:
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "fixed_tasks"]
+        return ", ".join([repr(self.method), *shown[1:]])
+
+
+def wrapped_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Optimizer, ...]:
+    """The optimizers to wrap, checked.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: not optimizers, the same parameter in two of them, or param groups of which
+            `check_param_groups` raises.
+    """
+    found = (optimizer,) if not isinstance(optimizer, (list, tuple)) else tuple(optimizer)
+    if not found:
+        raise ValueError(f"{OWNER}: expected at least one optimizer, found an empty list")
+    owners: dict[int, int] = {}
+    for n, one in enumerate(found):
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                f"{OWNER}: expected a torch.optim.Optimizer or a list of them, found {one!r}; build the optimizer first"
+            )
+        for group in one.param_groups:
+            for param in group["params"]:
+                if owners.setdefault(id(param), n) != n:
+                    raise ValueError(
+                        f"{OWNER}: optimizers {owners[id(param)]} and {n} share a parameter of shape "
+                        f"{list(param.shape)}, which both would step; leave it to one of them"
+                    )
+    check_param_groups(group for one in found for group in one.param_groups)
+    return found
+
+
+def check_param_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise for a param group whose ``mtl`` is not a bool, or that holds sharded parameters."""
+    for g, group in enumerate(groups):
+        mtl = group.get("mtl", True)
+        if not isinstance(mtl, bool):
+            raise TypeError(f"param group {g} has mtl={mtl!r}; expected True (combined) or False (plain sum)")
+        params = group["params"]
+        for param in [params] if isinstance(params, Tensor) else params:
+            if mtl:
+                check_whole(param[1] if isinstance(param, tuple) else param)
+
+
+def check_saved(saved: Any, version: int, options: Options) -> None:
+    """Raise ValueError unless the ``"mtl"`` entry of a state dict fits; warn about options that differ."""
+    if not isinstance(saved, dict) or saved.get("version") != version:
+        raise ValueError('the "mtl" entry of this state dict is of an unknown version; update mtl-kernels')
+    method = options.method
+    if saved["method"] != type(method).__name__:
+        raise ValueError(
+            f"this state dict was saved with {saved['method']}, this optimizer uses {type(method).__name__}; "
+            'build it with the same method, or drop the "mtl" entry to load the optimizer\'s part alone'
+        )
+    if options.fixed_tasks is not None and list(saved["tasks"]) != list(options.fixed_tasks):
+        raise ValueError(
+            f"this state dict has the tasks {saved['tasks']}, this optimizer {list(options.fixed_tasks)}; build it "
+            "with the same tasks in the same order"
+        )
+    if saved["config"] != method.config():
+        warnings.warn(
+            f"this state dict was saved with {saved['method']} options {saved['config']}; going on with "
+            f"{method.config()}",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""One training step, in one direction: losses, passes, rows, weights, ``.grad``."""

@@ -1,0 +1,46 @@
+"""The parameters of a step: which there are to combine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Parameters(NamedTuple):
+    """The parameters of an optimizer that require grad.
+
+    Attributes:
+        managed: those whose gradients are combined. group_of: the param group of each of them.
+        others: those of groups with mtl=False.
+    """
+
+    managed: list[Tensor]
+    group_of: list[int]
+    others: list[Tensor]
+
+
+def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
+    """Sorts the parameters of the param groups; where none is managed (a frozen trunk), a step is a plain sum.
+
+    Raises:
+        ValueError: none requires grad, or the managed ones are on several devices.
+    """
+    found = Parameters([], [], [])
+    for g, group in enumerate(groups):
+        wanted = [param for param in group["params"] if param.requires_grad]
+        if group.get("mtl", True):
+            found.managed.extend(wanted)
+            found.group_of.extend([g] * len(wanted))
+        else:
+            found.others.extend(wanted)
+    if not found.managed and not found.others:
+        raise ValueError("no parameter to combine gradients of: none of the optimizer's requires grad")
+    devices = {param.device for param in found.managed}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the managed parameters are on several devices ({', '.join(sorted(map(str, devices)))}); "
+            "keep them on one, or put those of the others in param groups with mtl=False"
+        )
+    return found

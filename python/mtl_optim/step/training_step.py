@@ -1,0 +1,363 @@
+"""A training step, from losses to ``.grad``: passes become rows, rows weights, and weights the gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..capture import CAPTURES
+from ..capture.grads import Isolation, Row, add_grads
+from ..capture.passes import run_backward
+from ..cuda_graphs import refuse_capture
+from ..distributed.local import check_single_rank
+from ..options import Options
+from .advice import Advice
+from .block import TaskBlock
+from .combination import Combined, Combiner
+from .lazy import stand_aside
+from .losses import check_loss_value, is_stacked, named_losses, stack_losses
+from .names import with_new
+from .parameters import Parameters, select_parameters
+from .pending import Pending
+from .progress import Progress
+from .refresh import Reusable
+from .surroundings import ADDS_ELSEWHERE, Surroundings
+
+_ALIVE: weakref.WeakSet[TrainingStep] = weakref.WeakSet()
+"""All of this process: what one combines, another should not add to."""
+
+
+@dataclasses.dataclass(eq=False)
+class OpenBlock:
+    """What is to be known when the open block ends."""
+
+    block: TaskBlock
+    parameters: Parameters
+    outside: list[Tensor]
+    isolation: Isolation
+    versions: dict[int, int]
+    elsewhere: list[tuple[Tensor, tuple[int, int] | None]]
+    done: bool = False
+
+
+class TrainingStep:
+    """Carries the steps of one optimizer.
+
+    One object, changed in place: wrappers that stand in for an optimizer (Lightning's) run its methods on
+    themselves, where an attribute that a method sets would stay out of sight of the optimizer.
+
+    Args:
+        optimizers: whose param groups hold the parameters.
+        options: see `MultiTaskOptimizer`.
+        progress: where it stands.
+        told: see `Advice`.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], options: Options, progress: Progress, told: set[str]) -> None:
+        self.options = options
+        self.progress = progress
+        self.pending = Pending(CAPTURES[options.capture](), self._combine_early)
+        self._optimizers = optimizers
+        self._advice = Advice(told)
+        self._combiner = Combiner(options)
+        self._surroundings = Surroundings()
+        self._open: OpenBlock | None = None
+        _ALIVE.add(self)
+
+    def backward(self, losses: object, accumulate: bool, retain_graph: bool) -> None:
+        """See `MultiTaskOptimizer.backward`."""
+        self.check_idle("backward()")
+        check_single_rank()
+        if (every := self.options.refresh_every) > 1:
+            refuse_capture(f"refresh_every={every} decides on the host", "use refresh_every=1")
+        named = named_losses(losses)
+        if is_stacked(losses):
+            self._advice.once(
+                "stacked",
+                "the losses were stacked into one tensor, through which each task reaches every parameter "
+                "(with zeros), so that heads count as shared; pass them as a list or dict",
+            )
+        tasks = self.tasks_with(named)
+        parameters = self.parameters()
+        self._check_continues("backward()", parameters)
+        if not accumulate and not self.pending.accumulating:
+            for name in named:
+                self.pending.check_new(name)
+        self._surroundings.look(named, parameters, self._keeps, _combined_elsewhere(self))
+        self._advice.findings(self._surroundings.findings)
+        if accumulate or not self._run_weighted(named, parameters, retain_graph):
+            self._run_each(named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping))
+
+    def _run_each(
+        self,
+        named: dict[str, Tensor],
+        tasks: tuple[str, ...],
+        parameters: Parameters,
+        accumulate: bool,
+        retain_graph: bool,
+        names_given: bool,
+    ) -> None:
+        """One pass a loss, each a row; then the combination, unless more are to come."""
+        managed, pending = parameters.managed, self.pending
+        pending.prepare(tasks, managed)
+        outside = self._surroundings.leaves()
+        inputs = [*managed, *parameters.others] if self._keeps else None
+        isolation = Isolation(managed, parameters.others)
+        rows, versions = dict(pending.rows), pending.versions()
+        try:
+            for k, (name, loss) in enumerate(named.items()):
+                previous = rows.get(name)
+                pending.open(name, managed, previous)
+                keep = retain_graph or k < len(named) - 1
+                run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inputs))
+                rows[name] = pending.take(name, parameters, previous, outside)
+            values = pending.losses_with(named) if self.options.method.needs_losses else {}
+            combined = None if accumulate else self._combined(tasks, rows, values, parameters, names_given)
+        except BaseException:
+            isolation.undo()
+            pending.after_failure(versions)
+            raise
+        isolation.finish()
+        self.progress.tasks = tasks
+        if combined is None:
+            pending.keep(rows, values, managed)
+            pending.accumulating = True
+        else:
+            self._hand_over(combined, list(rows), managed)
+
+    def _run_weighted(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
+        """One weighted backward pass with the last weights; False where new ones are due."""
+        last, managed, pending = self.progress.reusable, parameters.managed, self.pending
+        if last is None or pending.rows or not last.serves(named, managed, self.options.refresh_every):
+            return False
+        if (dtype := last.too_coarse(named)) is not None:
+            self._advice.once(
+                "coarse",
+                f"losses in {str(dtype).removeprefix('torch.')} would round the weights, so that refresh_every has no "
+                "effect here; compute them in float32, from outputs.float()",
+            )
+            return False
+        passes = last.passes(named, parameters, self.options.head_scaling == "none", self._keeps)
+        if passes is None:
+            self._advice.once(
+                "hidden",
+                "the graph of the losses hides parameters (reentrant checkpointing?), so that refresh_every "
+                "has no effect here; call checkpoint(..., use_reentrant=False)",
+            )
+            return False
+        pending.prepare(self.progress.tasks, managed)
+        isolation = Isolation(managed, parameters.others)
+        try:
+            pending.open(last.present[0], managed, None)  # the row of any task will do for the sum over all
+            for k, one_pass in enumerate(passes):
+                run_backward(functools.partial(one_pass, retain_graph=retain_graph or k < len(passes) - 1))
+            grads = pending.take(last.present[0], parameters, None, self._surroundings.leaves())
+        except BaseException:
+            isolation.undo()
+            pending.after_failure({})
+            raise
+        isolation.finish()
+        with torch.no_grad():
+            add_grads(managed, grads)
+        pending.clear()
+        progress = self.progress
+        progress.reusable = last.older(managed)
+        progress.report = None if progress.report is None else progress.report.aged()
+        progress.has_gradient = True
+        return True
+
+    def open_block(self, block: TaskBlock) -> None:
+        """Hides the gradients that are there, so that a row can be captured."""
+        what = f"task({block.name!r})"
+        self.check_idle(what)
+        check_single_rank()
+        parameters, pending = self.parameters(), self.pending
+        self._check_continues(what, parameters)
+        if not block.accumulate:
+            pending.check_new(block.name)
+        managed = parameters.managed
+        pending.prepare(self.tasks_with([block.name]), managed)
+        outside, elsewhere = self._surroundings.leaves(), _combined_elsewhere(self)
+        versions = pending.versions()
+        isolation = Isolation([*managed, *outside, *elsewhere] if self._keeps else managed, parameters.others)
+        try:
+            pending.open(block.name, managed, pending.rows.get(block.name))
+        except BaseException:
+            isolation.undo()
+            raise
+        watched = [] if self._keeps else [(param, _state_of(param.grad)) for param in elsewhere]
+        self._open = OpenBlock(block, parameters, outside, isolation, versions, watched)
+
+    def close_block(self, block: TaskBlock, failed: bool) -> None:
+        """Takes the row, unless the block failed, and puts the gradients back."""
+        opened = self._open
+        if opened is None or opened.block is not block:
+            raise RuntimeError("this task block is not the open one")
+        self._open = None
+        pending, name = self.pending, block.name
+        try:
+            if failed:
+                return
+            row = pending.take(name, opened.parameters, pending.rows.get(name), opened.outside)
+            tasks = self.tasks_with([name])
+            if self.options.method.needs_losses and block.loss is None:
+                raise ValueError(
+                    f"{self.options.method!r} needs the value of the loss of task {name!r}: with "
+                    f"opt.task({name!r}) as task: set task.loss = loss in the block"
+                )
+            if block.loss is not None:
+                check_loss_value(name, block.loss)
+            losses = pending.losses_with({} if block.loss is None else {name: block.loss})
+            opened.isolation.finish()
+            self.progress.tasks = tasks
+            pending.keep({**pending.rows, name: row}, losses, opened.parameters.managed)
+            opened.done = True
+        finally:
+            if not opened.done:
+                opened.isolation.undo()
+                pending.after_failure(opened.versions)
+        if any(_state_of(param.grad) != before for param, before in opened.elsewhere):
+            self._advice.once("elsewhere", ADDS_ELSEWHERE)
+
+    def combine(self) -> None:
+        """Combines the captured rows into ``.grad``.
+
+        Raises:
+            RuntimeError: there are none, or a block is open.
+        """
+        self.check_idle("combine()")
+        parameters = self.parameters()
+        self.pending.check_params(parameters.managed)
+        if not self.pending.rows:
+            raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
+        pending = self.pending
+        combined = self._combined(self.progress.tasks, pending.rows, pending.losses, parameters, True)
+        self._hand_over(combined, list(pending.rows), parameters.managed)
+
+    def _combine_early(self) -> None:
+        """Combines because somebody looks at a gradient."""
+        with torch.inference_mode(False):
+            self.combine()
+        self.progress.read_early = True
+
+    def make_gradient(self) -> None:
+        """Combines what was captured.
+
+        Raises:
+            RuntimeError: nothing was since the last step.
+        """
+        if self.pending.rows:
+            self.combine()
+        # GradScaler does not call step() when it skips one: then only the gradients tell that they were dealt with.
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        if not (self.progress.has_gradient and any(p.grad is not None for group in groups for p in group["params"])):
+            raise RuntimeError(
+                "step() with no task captured since the last step or zero_grad(); call opt.backward([...]) or use "
+                "opt.task(name) first, or step the wrapped optimizer (opt.optimizer) to use plain gradients"
+            )
+
+    def stepped(self) -> None:
+        """The gradient was used."""
+        self.progress.has_gradient = self.progress.read_early = False
+
+    def clear(self) -> None:
+        """Drops rows that were not combined; the gradient no longer counts."""
+        self.pending.clear()
+        self.stepped()
+
+    def check_idle(self, what: str) -> None:
+        """Raise RuntimeError inside a task block."""
+        if self._open is not None:
+            raise RuntimeError(f"{what} inside the block of opt.task({self._open.block.name!r}); leave the block first")
+
+    def parameters(self) -> Parameters:
+        """Those of the param groups, as they are now."""
+        return select_parameters(group for optimizer in self._optimizers for group in optimizer.param_groups)
+
+    def tasks_with(self, names: Sequence[str] | Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The known task names and those of ``names`` that are new."""
+        return with_new(self.progress.tasks, names, self.options.fixed_tasks is not None)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether gradients outside the optimizer are left as they are."""
+        return self.options.outside == "keep"
+
+    def _check_continues(self, what: str, parameters: Parameters) -> None:
+        """Raise RuntimeError where what is captured next would not belong to the rows or gradients that are there."""
+        self.pending.check_params(parameters.managed)
+        if self.progress.read_early and any(param.grad is not None for param in parameters.managed):
+            raise RuntimeError(
+                f"{what} after the rows of this step were combined, because a gradient was read (clipping, logging, a "
+                "scaler) before all tasks were captured. Read gradients after the last task; call opt.combine() first "
+                "to add one combination to another, or opt.zero_grad() if that step was abandoned"
+            )
+        self.progress.read_early = False
+
+    def _combined(
+        self,
+        tasks: tuple[str, ...],
+        rows: Mapping[str, Row],
+        losses: Mapping[str, Tensor],
+        parameters: Parameters,
+        names_given: bool,
+    ) -> Combined:
+        self.pending.check_rows(rows)
+        if len(rows) == 1:
+            self._advice.lone_task(next(iter(rows)), tasks, names_given)
+        self._advice.packed(rows, parameters.managed)
+        method = self.options.method
+        absent: Row = [None] * len(parameters.managed)
+        values = None
+        if method.needs_losses:
+            device = next((param.device for param in parameters.managed), torch.device("cpu"))
+            values = stack_losses(losses, tasks, device)
+        with torch.no_grad():
+            combined = self._combiner(tasks, [rows.get(name, absent) for name in tasks], parameters, values)
+        if method.stops_at_zero_rows:
+            self._advice.zero_rows(combined.report)
+        return combined
+
+    def _hand_over(self, combined: Combined, present: list[str], managed: Sequence[Tensor]) -> None:
+        """Puts the gradients where the optimizer reads them, and keeps what later steps may reuse."""
+        lazy = stand_aside(managed)
+        with torch.no_grad():
+            add_grads(managed, combined.grads)
+        for param, one in zip(managed, lazy, strict=True):
+            if one is not None:
+                one.settle(param.grad)
+        self.pending.clear()
+        progress = self.progress
+        progress.report = combined.report
+        progress.has_gradient = True
+        progress.reusable = None
+        if self.options.refresh_every > 1:
+            progress.reusable = Reusable.of(combined, present, managed)
+
+
+def _combined_elsewhere(step: TrainingStep) -> list[Tensor]:
+    """The parameters that other optimizers of this kind combine, and this one does not hold."""
+    others = [other for other in _ALIVE if other is not step and other._open is None]
+    if not others:
+        return []
+    own = {id(p) for optimizer in step._optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [
+        param
+        for other in others
+        for optimizer in other._optimizers
+        for group in optimizer.param_groups
+        if group.get("mtl", True)
+        for param in group["params"]
+        if id(param) not in own
+    ]
+
+
+def _state_of(grad: Tensor | None) -> tuple[int, int] | None:
+    """What differs when a backward pass has added to it."""
+    return None if grad is None else (id(grad), grad._version)
