@@ -39,7 +39,9 @@ def check_num_tasks(num_tasks: int) -> None:
 def _check_dtype(tensor: Tensor, where: str) -> None:
     if tensor.dtype not in DTYPE_CODES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
-        raise TypeError(f"{where} has dtype {tensor.dtype}; expected one of {names}: convert it with .to(dtype)")
+        pairs = "pass torch.view_as_real(tensor), its pairs of reals"
+        cure = pairs if tensor.is_complex() else "convert it with .to(dtype)"
+        raise TypeError(f"{where} has dtype {tensor.dtype}; expected one of {names}: {cure}")
     if tensor.is_nested:
         raise TypeError(f"{where} is a nested tensor; expected a dense one: pass its parts as parameters")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, dispatch
+from . import checks, dispatch, ranges
 from .angles import cosines, norms
 from .backends import Backend, is_fused
 from .call import SolverCall
@@ -58,7 +58,16 @@ def gram_solve(
         weights, certificate = chosen.gram_solve_into(table, group_list, batch, checked)
         return gram, weights.view(gram.shape[:-1]), certificate.view((*lead, 2))
     chosen.gram_into(table, group_list, batch)
-    return gram, *_solve(chosen, call, checked, gram)
+    if not ranges.leaves_range(table, gram):
+        return gram, *_solve(chosen, call, checked, gram)
+    scaled = ranges.scaled_gram(table, group_list, num_groups)
+    if scaled is None:
+        return gram, *_solve(chosen, call, checked, gram)
+    weights, found = _solve(chosen, call, checked, scaled[0].view(gram.shape))
+    if found is not None:
+        gap = found.view(-1, 2)[:, 0]
+        gap.div_(scaled[1]).div_(scaled[1])  # in units of the Gram matrix; the square may be zero
+    return gram, weights, found
 
 
 def _solve(backend: Backend, call: SolverCall, checked: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:

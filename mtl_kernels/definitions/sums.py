@@ -16,8 +16,8 @@ BLOCK = 1 << 16
 """Columns converted to float64 at a time."""
 
 
-def gram_into(table: RowTable, groups: Sequence[int], out: Tensor, scale: float = 1.0) -> None:
-    """Adds scale^2 J_s J_s^T of each group s of parameters to ``out[s]``, float64 ``[S, K, K]``."""
+def gram_into(table: RowTable, groups: Sequence[int], out: Tensor, scales: Sequence[float] | None = None) -> None:
+    """Adds J_s J_s^T of each group s of parameters to ``out[s]``, float64 ``[S, K, K]``; of scales[s] J_s if given."""
     for p, like in enumerate(table.like):
         if like is None:
             continue
@@ -25,7 +25,8 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor, scale: float 
         flat = [_flat(table.entries[k][p]) for k in tasks]
         index = torch.tensor(tasks, device=out.device)
         for begin in range(0, like.numel(), BLOCK):
-            block = torch.stack([row[begin : begin + BLOCK].double() * scale for row in flat])
+            block = torch.stack([row[begin : begin + BLOCK].double() for row in flat])
+            block = block if scales is None else block * scales[groups[p]]
             out[groups[p]].index_put_((index.unsqueeze(1), index), block @ block.T, accumulate=True)
     lower = out.tril(-1)
     out.copy_(out.tril() + lower.mT)

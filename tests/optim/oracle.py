@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtl_optim.step.lazy import LazyGrad
+from mtl_optim.step.lazy import held
 
 
 def rows_of(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[list[Tensor | None]]:
@@ -89,8 +89,7 @@ class TwoHeads(nn.Module):
 
 def uncombined(params: Iterable[Tensor]) -> list[Tensor | None]:
     """What ``.grad`` holds beside the rows that wait to be combined, which reading it would combine."""
-    held = [param.grad.added if isinstance(param.grad, LazyGrad) else param.grad for param in params]
-    return [None if grad is None else grad.clone() for grad in held]
+    return [None if (grad := held(param)) is None else grad.clone() for param in params]
 
 
 __all__ = [

@@ -159,6 +159,20 @@ def test_pcgrad_state_made_in_inference_mode() -> None:
     assert torch.equal(plain(MATRIX), first) and torch.equal(plain(MATRIX), method(MATRIX))
 
 
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_rows_whose_squares_leave_float64(scale: float) -> None:
+    rows = torch.randn(3, 8, dtype=torch.float64)
+    for method in (PCGrad(order="fixed"), MGDA(), MGDA(solver="frank_wolfe"), Sum(), Mean(), Constant([1.0, 2.0, 3.0])):
+        torch.testing.assert_close(method(rows * scale) / scale, method(rows), rtol=1e-12, atol=1e-15)
+    for method in (MGDA(normalize="l2"), MGDA(zero_rows="skip")):
+        if scale > 1:
+            with pytest.raises(ValueError, match="squares of float64 gradients overflow"):
+                method(rows * scale)
+            bad = rows * scale
+            bad[0, 0] = torch.inf
+            assert not method(bad).isfinite().all()
+
+
 def test_frozen_but_not_shared() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         PCGrad().seed = 1  # type: ignore[misc]

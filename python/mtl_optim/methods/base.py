@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import RowTable, Solution, SolverCall, ops
+from mtl_kernels import RowTable, Solution, SolverCall, ops, ranges
 
 
 class Weighted(NamedTuple):
@@ -39,6 +39,11 @@ class Method:
     def needs_losses(self) -> bool:
         """Whether `solve` must be given the values of the losses."""
         return False
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the weights depend on the Gram matrix."""
+        return True
 
     @property
     def scales_with_gradient(self) -> bool:
@@ -100,6 +105,8 @@ class Method:
         """
         if (call := self.solver_call(rows.device)) is None:
             gram = mtl_kernels.gram(rows, groups=groups)
+            if self.needs_gram:
+                ranges.check_range(rows, gram, groups)
             weights, gap, iterations = self._solution(gram, self.solve(gram, losses=losses, active=active))
             if gap is None or iterations is None:
                 return Weighted(gram, weights, None)

@@ -21,6 +21,7 @@ class Sum(Method):
     """w = 1: the gradient of the sum of the losses."""
 
     name: ClassVar[str] = "sum"
+    needs_gram: ClassVar[bool] = False
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """Weight 1 on every active task; see `Method.solve`."""
@@ -34,6 +35,7 @@ class Mean(Method):
     """w = 1 / K over the active tasks: the gradient of the mean of the losses."""
 
     name: ClassVar[str] = "mean"
+    needs_gram: ClassVar[bool] = False
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """Weight 1 / (number of active tasks) on every active task; see `Method.solve`."""
@@ -62,6 +64,7 @@ class Constant(Method):
     """
 
     name: ClassVar[str] = "constant"
+    needs_gram: ClassVar[bool] = False
 
     weights_per_task: tuple[float, ...] | dict[str, float]
     _on_device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)

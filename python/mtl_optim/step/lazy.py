@@ -80,6 +80,19 @@ for _name in _READ_VALUES:
     setattr(LazyGrad, _name, _on_the_real_one(_name))
 
 
+def held(param: Tensor) -> Tensor | None:
+    """What is in ``.grad``, beside rows that wait to be combined."""
+    return param.grad.added if isinstance(param.grad, LazyGrad) else param.grad
+
+
+def hold(param: Tensor, grad: Tensor | None) -> None:
+    """Replaces that."""
+    if isinstance(param.grad, LazyGrad):
+        param.grad.added = grad
+    else:
+        param.grad = grad
+
+
 def stand_in(params: Sequence[Tensor], rows: Sequence[Row], combine: Callable[[], None]) -> list[LazyGrad | None]:
     """Puts one in the ``.grad`` of every parameter that a row reaches, on top of what is there."""
     for p, param in enumerate(params):

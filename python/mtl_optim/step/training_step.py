@@ -20,7 +20,7 @@ from ..options import Options
 from .advice import Advice
 from .block import TaskBlock
 from .combination import Combined, Combiner
-from .lazy import stand_aside
+from .lazy import held, hold, stand_aside
 from .losses import check_loss_value, is_stacked, named_losses, stack_losses
 from .names import with_new
 from .parameters import Parameters, select_parameters
@@ -42,7 +42,7 @@ class OpenBlock:
     outside: list[Tensor]
     isolation: Isolation
     versions: dict[int, int]
-    elsewhere: list[tuple[Tensor, tuple[int, int] | None]]
+    around: list[tuple[Tensor, Tensor | None, int]]
     done: bool = False
 
 
@@ -184,15 +184,18 @@ class TrainingStep:
         managed = parameters.managed
         pending.prepare(self.tasks_with([block.name]), managed)
         outside, elsewhere = self._surroundings.leaves(), _combined_elsewhere(self)
-        versions = pending.versions()
-        isolation = Isolation([*managed, *outside, *elsewhere] if self._keeps else managed, parameters.others)
+        versions, isolation = pending.versions(), Isolation(managed, parameters.others)
         try:
             pending.open(block.name, managed, pending.rows.get(block.name))
         except BaseException:
             isolation.undo()
             raise
-        watched = [] if self._keeps else [(param, _state_of(param.grad)) for param in elsewhere]
-        self._open = OpenBlock(block, parameters, outside, isolation, versions, watched)
+        around = [*outside, *elsewhere] if self._keeps else elsewhere
+        before = [(param, grad := held(param), _version(grad)) for param in around]
+        self._open = OpenBlock(block, parameters, outside, isolation, versions, before)
+        if self._keeps:
+            for param in around:
+                hold(param, None)
 
     def close_block(self, block: TaskBlock, failed: bool) -> None:
         """Takes the row, unless the block failed, and puts the gradients back."""
@@ -200,6 +203,7 @@ class TrainingStep:
         if opened is None or opened.block is not block:
             raise RuntimeError("this task block is not the open one")
         self._open = None
+        self._look_around(opened)
         pending, name = self.pending, block.name
         try:
             if failed:
@@ -222,7 +226,13 @@ class TrainingStep:
             if not opened.done:
                 opened.isolation.undo()
                 pending.after_failure(opened.versions)
-        if any(_state_of(param.grad) != before for param, before in opened.elsewhere):
+
+    def _look_around(self, opened: OpenBlock) -> None:
+        """Puts gradients outside the optimizer back, or warns of what was added to those that another one combines."""
+        if self._keeps:
+            for param, grad, _ in opened.around:
+                hold(param, grad)
+        elif any(held(param) is not grad or _version(grad) != version for param, grad, version in opened.around):
             self._advice.once("elsewhere", ADDS_ELSEWHERE)
 
     def combine(self) -> None:
@@ -252,6 +262,7 @@ class TrainingStep:
         Raises:
             RuntimeError: nothing was since the last step.
         """
+        self.pending.check_params(self.parameters().managed)
         if self.pending.rows:
             self.combine()
         # GradScaler does not call step() when it skips one: then only the gradients tell that they were dealt with.
@@ -358,6 +369,6 @@ def _combined_elsewhere(step: TrainingStep) -> list[Tensor]:
     ]
 
 
-def _state_of(grad: Tensor | None) -> tuple[int, int] | None:
-    """What differs when a backward pass has added to it."""
-    return None if grad is None else (id(grad), grad._version)
+def _version(grad: Tensor | None) -> int:
+    """What differs when a backward pass has added to it in place."""
+    return 0 if grad is None else grad._version
