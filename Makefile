@@ -17,22 +17,33 @@ TRITON ?= triton==3.6.0
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+PIP := -m pip install -qq --disable-pip-version-check --no-warn-script-location --root-user-action ignore
+GPU := $(shell command -v nvidia-smi)
+NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || command -v /usr/local/cuda/bin/nvcc)
+CUDA := $(if $(filter 0,$(MTL_KERNELS_CUDA)),,$(NVCC))
+KERNELS := CPU$(if $(CUDA), and CUDA for $(or $(MTL_KERNELS_CUDA_ARCHS),the default architectures), alone, no nvcc)
+say = @printf '%-12s %s\n'
 
+# READY has everything. Without a GPU the demo needs less, unless everything is there already.
 ifeq ($(VENV),0)
   PY := $(PYTHON)
   RUN := PYTHONPATH=.:python $(PYTHON)
   READY := build/.ready-external
+  FOR_DEMO := build/.demo-external
 else
   BIN := $(VENV)/bin/
   PY := $(BIN)python
   RUN := $(PY)
   READY := $(VENV)/.ready
+  FOR_DEMO := $(VENV)/.demo
 endif
+DEMO := $(if $(GPU)$(wildcard $(READY)),$(READY),$(FOR_DEMO))
 
 .PHONY: demo test bench gpu lint clean
 
-demo: $(READY)
-	$(RUN) -m mtl_optim.cli demo $(ARGS)
+demo: $(DEMO)
+	$(say) training "three methods, about a minute"
+	@$(RUN) -m mtl_optim.cli demo $(ARGS)
 
 test: $(READY)
 	$(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS)") $(ARGS)
@@ -55,19 +66,33 @@ lint: $(READY)
 
 # Torch is there before the package asks for it, so that the package's own requirement downloads nothing.
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
-	touch $@
+	$(say) environment "$(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	$(say) torch "$(TORCH)"
+	@$(VENV)/bin/python $(PIP) "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(say) kernels "CPU alone, no GPU is here; and what the demo needs"
+	@MTL_KERNELS_CUDA=0 $(VENV)/bin/python $(PIP) --editable ".[demo]"
+	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
-	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
-	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install --quiet "$(TRITON)" || true
-	touch $@
+	$(say) kernels "$(KERNELS); and pytest, linters, triton"
+	@$(VENV)/bin/python $(PIP) --editable ".[dev]"
+	@$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python $(PIP) "$(TRITON)" || true
+	@touch $@
 
 # The native modules are built in place, with the compiler and pybind11 that are there.
+build/.demo-external: $(SOURCES)
+	$(say) kernels "CPU alone, no GPU is here"
+	@MTL_KERNELS_CUDA=0 $(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build && touch $@
+
 build/.ready-external: $(SOURCES)
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	mkdir -p build && touch $@
+	$(say) kernels "$(KERNELS)"
+	@$(PYTHON) setup.py --quiet build_ext --inplace
+	@mkdir -p build && touch $@
 
 clean:
 	rm -rf build dist *.egg-info mtl_kernels/*.so
