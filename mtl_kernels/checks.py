@@ -150,12 +150,13 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate
 
 def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
     """The call with tensors as the backends take them, checked against the Gram matrix."""
-    active, rng, inputs = call.active, call.rng, call.inputs
-    if active is None and rng is None and inputs is None:
+    active, inputs = call.active, call.inputs
+    rng = None if call.rng is None else check_rng(call.rng, gram)
+    if active is None and inputs is None and rng is call.rng:
         return call
     return call._replace(
         active=None if active is None else per_task(active, gram, "active", torch.bool),
-        rng=None if rng is None else check_rng(rng, gram),
+        rng=rng,
         inputs=None if inputs is None else per_task(inputs, gram, "inputs", torch.float64),
     )
 

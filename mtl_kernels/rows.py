@@ -7,6 +7,7 @@ parameter. A dense ``[K, N]`` tensor is the case P = 1. Rows are never copied in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ ITEMSIZES = tuple(dtype.itemsize for dtype in DTYPE_CODES)
 Row = Sequence[Tensor | None]
 
 _PLAIN = (Tensor,)
+_layout, _requires_grad, _is_nested, _dtype, _device = map(
+    attrgetter, ("layout", "requires_grad", "is_nested", "dtype", "device")
+)
 
 
 def check_num_tasks(num_tasks: int) -> None:
@@ -60,14 +64,35 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def _plain_and_alike(rows: Sequence[Row], columns: Sequence[Sequence[Tensor | None]], captured: bool) -> bool:
+    """Whether `RowTable._column` would leave every tensor as it is: what is nearly always so, looked at quickly."""
+    flat = [tensor for row in rows for tensor in row if tensor is not None]
+    if not captured and not (
+        set(map(type, flat)) == {Tensor}
+        and set(map(_layout, flat)) == {torch.strided}
+        and not any(map(_is_nested, flat))
+        and not any(map(_requires_grad, flat))
+        and len(set(map(_device, flat))) == 1
+        and all(len({tensor.shape for tensor in column if tensor is not None}) <= 1 for column in columns)
+    ):
+        return False
+    if any(map(Tensor.is_neg, flat)) or not all(map(Tensor.is_contiguous, flat)):
+        return False
+    dtypes = set(map(_dtype, flat))
+    if len(dtypes) > 1 and any(len({t.dtype for t in column if t is not None}) > 1 for column in columns):
+        return False
+    return dtypes <= DTYPE_CODES.keys()
+
+
 class RowTable:
     """K rows over P parameters, validated once and read by `gram` and `combine` alike.
 
     Args:
         rows: a tensor ``[K, N]`` (any row stride), or K sequences of P tensors or ``None``; the tensors of one
             parameter share shape and dtype, all tensors share the device. Dtypes: float32, float64, bfloat16, float16.
-        disjoint: the caller knows that no two of the tensors share memory, so that `combine` need not look before it
-            writes to one of them.
+        captured: the rows are gradients as one capture took them: dense tensors that require no grad, those of a
+            parameter of one shape and device, no two of which share memory. What follows from that is not checked, and
+            `combine` need not look before it writes to one of them.
 
     A parameter whose tensors are laid out alike and fill their memory (contiguous, channels-last, ...) is read in
     place. Only tensors for which that does not hold (expanded, sliced, of differing layouts) are made contiguous.
@@ -78,7 +103,7 @@ class RowTable:
         num_tasks: K. num_params: P. device: of every tensor.
         entries: K lists of P tensors or ``None``; for a dense table each row is ``[J[k]]``.
         dense: whether the rows were given as one tensor.
-        disjoint: as given.
+        captured: as given.
         plain: whether every tensor is a `torch.Tensor` proper, not of a subclass.
 
     Raises:
@@ -93,9 +118,9 @@ class RowTable:
         "_matrix",
         "_numels",
         "_pointers",
+        "captured",
         "dense",
         "device",
-        "disjoint",
         "like",
         "num_params",
         "num_tasks",
@@ -106,13 +131,13 @@ class RowTable:
     num_params: int
     device: torch.device
     dense: bool
-    disjoint: bool
+    captured: bool
     plain: bool
     like: list[Tensor | None]
     """Per parameter, the first task's tensor that is there: the model of its output."""
 
-    def __init__(self, rows: Tensor | Sequence[Row], *, disjoint: bool = False) -> None:
-        self.disjoint = disjoint
+    def __init__(self, rows: Tensor | Sequence[Row], *, captured: bool = False) -> None:
+        self.captured = captured
         self.plain = True
         self._matrix: Tensor | None = None
         self._entries: list[list[Tensor | None]] | None = None
@@ -124,7 +149,7 @@ class RowTable:
         if isinstance(rows, Tensor):
             self._init_dense(rows)
         else:
-            self._init_lists(rows)
+            self._init_lists(rows, captured)
 
     def _init_dense(self, matrix: Tensor) -> None:
         if matrix.layout is not torch.strided:
@@ -141,7 +166,7 @@ class RowTable:
         self._matrix = matrix.detach().resolve_neg()
         self.like = [self._matrix[0]]
 
-    def _init_lists(self, rows: Sequence[Row]) -> None:
+    def _init_lists(self, rows: Sequence[Row], captured: bool) -> None:
         if not isinstance(rows, Sequence):
             raise TypeError(f"expected a tensor [K, N] or K sequences of tensors, found {type(rows).__name__}")
         check_num_tasks(len(rows))
@@ -157,7 +182,9 @@ class RowTable:
                     "a parameter that a task does not reach"
                 )
         self.num_tasks, self.num_params = len(rows), len(rows[0])
-        columns = [self._column([row[p] for row in rows], p) for p in range(self.num_params)]
+        columns: list[Sequence[Tensor | None]] = list(zip(*rows, strict=True))
+        if not _plain_and_alike(rows, columns, captured):
+            columns = [self._column(list(column), p) for p, column in enumerate(columns)]
         self._entries = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
         self.like = [next((t for t in column if t is not None), None) for column in columns]
         first = next((tensor for tensor in self.like if tensor is not None), None)

@@ -87,7 +87,7 @@ def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | Non
     for target, result in zip(targets, written, strict=True):
         if target is None or result is None:
             continue
-        if not _laid_out_alike(target, result):
+        if target is not result and not _laid_out_alike(target, result):
             target.detach().copy_(result)
         elif not target.is_inference():
             torch.autograd.graph.increment_version(target)
@@ -123,13 +123,15 @@ def combine(
     if out is None:
         targets = [None if like is None else torch.empty_like(like) for like in table.like]
         written = targets
+    elif out is table.like and table.captured and not accumulate:  # the rows' own memory, known to fit
+        targets = written = table.like
     else:
         targets = checks.check_out(table, out)
         written = [
             target.detach() if target is not None and like is not None and _laid_out_alike(target, like) else None
             for target, like in zip(targets, table.like, strict=True)
         ]
-        if not (table.disjoint or table.device.type == "meta"):
+        if not (table.captured or table.device.type == "meta"):
             checks.check_disjoint(table, written, accumulate)
         written = [
             _elsewhere(like, target, accumulate) if like is not None and target is not None and place is None else place

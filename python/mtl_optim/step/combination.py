@@ -67,7 +67,7 @@ class Combiner:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
-        table = RowTable([[as_real(row[p]) for p in shared] for row in rows], disjoint=True)
+        table = RowTable([[as_real(row[p]) for p in shared] for row in rows], captured=True)
         kernel_groups = None if options.granularity == "model" else groups
         mask = self._mask(pattern, table.device)
         active = mask[0] if options.granularity == "model" else mask
