@@ -6,8 +6,9 @@ one, a failing build fails the install.
 Where nvcc is found (CUDACXX, PATH, CUDA_HOME, /usr/local/cuda) the CUDA module is built too; no GPU is needed for that.
 
 Environment: MTL_KERNELS_CUDA=0 leaves the CUDA module out, 1 insists on it; MTL_KERNELS_CUDA_ARCHS lists its
-architectures ("80;90;100" by default, 100 from nvcc 12.8 on; "native" for the GPUs of this machine); MTL_KERNELS_CPU=0
-leaves out all that is compiled; CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of jobs.
+architectures ("80;90;100;120" by default, the last two from nvcc 12.8 on; "native" for the GPUs of this machine);
+MTL_KERNELS_CPU=0 leaves out all that is compiled; CXX names the compiler, CMAKE_BUILD_PARALLEL_LEVEL the number of
+jobs.
 """
 
 import os

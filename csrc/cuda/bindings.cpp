@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "combine.h"
@@ -28,6 +30,7 @@ using mtl::cuda::CombinePlan;
 using mtl::cuda::DeviceCopy;
 using mtl::cuda::GramCall;
 using mtl::cuda::GramPlan;
+using mtl::cuda::SolvePlans;
 using mtl::cuda::SolverArguments;
 
 template <class T>
@@ -63,6 +66,23 @@ struct Sizes {
   Sizes(const Sizes&) = delete;
 };
 
+// Refuses a table of addresses, [rows, P] or, `of_outputs`, [P], if one of them is no multiple of the size of
+// its elements, where a GPU cannot read them. `codes`: the dtype of each parameter; none has the address 0.
+void check_aligned(const py::bytes& addresses, const std::vector<int>& codes, bool of_outputs) {
+  const std::string_view bytes = addresses;
+  for (std::size_t n = 0; n < bytes.size() / sizeof(Address); ++n) {
+    const std::size_t param = n % codes.size();
+    Address address;
+    std::memcpy(&address, bytes.data() + n * sizeof(Address), sizeof(Address));
+    const std::int64_t size = mtl::item_size(static_cast<mtl::DType>(codes[param]));
+    if (address % static_cast<Address>(size) == 0) continue;
+    throw std::invalid_argument((of_outputs ? "out" : "row " + std::to_string(n / codes.size())) +
+                                ", parameter " + std::to_string(param) +
+                                " lies at an address that its element size " + std::to_string(size) +
+                                " does not divide; a GPU cannot read it there: clone the tensor");
+  }
+}
+
 py::bytes as_bytes(const std::vector<std::int64_t>& words) {
   return py::bytes(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(std::int64_t));
 }
@@ -89,6 +109,7 @@ std::optional<std::string> missing() {
 // Why the kernels of this build cannot run on a device, or nothing.
 std::optional<std::string> unsupported(int device) {
   const mtl::cuda::DeviceGuard guard(device);
+  const mtl::cuda::RelaxedCapture relaxed;
   cudaFuncAttributes attributes;
   const auto kernel = mtl::cuda::gram_kernel(mtl::DType::kFloat32, 2, false).run;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
@@ -155,11 +176,20 @@ void combine(const CombinePlan& plan, Address pointers, Address outputs, Address
       .run(stream_at(stream));
 }
 
+SolvePlans& solve_plans() {
+  static SolvePlans plans;
+  return plans;
+}
+
 void solve(int device, SolverArguments& arguments, Address gram, std::int64_t batch, Address scratch,
            Address stream) {
   arguments.gram = at<const double>(gram);
   py::gil_scoped_release release;
-  mtl::cuda::solve(device, arguments, batch, at<double>(scratch), stream_at(stream));
+  solve_plans().solve(device, arguments, batch, at<double>(scratch), stream_at(stream));
+}
+
+std::int64_t solve_scratch(int device, const SolverArguments& arguments, std::int64_t batch) {
+  return solve_plans().scratch_doubles(device, arguments, batch);
 }
 
 }  // namespace
@@ -195,11 +225,13 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
       }))
       .def_property_readonly("words", [](const CombinePlan& plan) { return as_bytes(plan.words()); });
 
+  m.def("check_aligned", &check_aligned, py::arg("addresses"), py::arg("codes"),
+        py::arg("of_outputs") = false);
   m.def("gram", &gram, py::arg("plan"), py::arg("pointers"), py::arg("words"), py::arg("sums"),
         py::arg("counters"), py::arg("gram"), py::arg("norms"), py::arg("cosines"),
         py::arg("solver").none(true), py::arg("scratch"), py::arg("stream"));
   m.def("combine", &combine);
-  m.def("solve_scratch", &mtl::cuda::solve_scratch);
+  m.def("solve_scratch", &solve_scratch);
   m.def("solve", &solve);
 
   py::class_<DeviceCopy>(m, "DeviceCopy", py::module_local())

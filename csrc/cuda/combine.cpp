@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "combine_kernels.h"
 #include "occupancy.h"
 
 namespace mtl::cuda {
@@ -10,15 +9,12 @@ namespace {
 
 constexpr int kNumDTypes = 4;
 
-CombineKernel kernel_of(int kind) {
-  return combine_kernel(static_cast<DType>(kind / kNumDTypes), static_cast<DType>(kind % kNumDTypes));
-}
-
 }  // namespace
 
 CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const std::vector<int>& outputs)
     : device_(device), num_tasks_(rows.num_tasks), num_params_(rows.num_params) {
   const DeviceGuard guard(device);
+  slow_double_ = has_slow_double(device);
   std::vector<Item> items;
   for (std::int64_t p = 0; p < rows.num_params; ++p) {
     if (outputs[p] < 0 || rows.numels[p] == 0) continue;
@@ -38,6 +34,11 @@ CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const
   slices_at_ = words_.append(plan_.slices);
 }
 
+CombineKernel CombinePlan::kernel_of(int kind) const {
+  return combine_kernel(static_cast<DType>(kind / kNumDTypes), static_cast<DType>(kind % kNumDTypes),
+                        slow_double_);
+}
+
 void CombineCall::run(cudaStream_t stream) const {
   const DeviceGuard guard(plan.device_);
   CombineArgs args{};
@@ -53,7 +54,7 @@ void CombineCall::run(cudaStream_t stream) const {
   args.accumulate = accumulate;
   for (std::size_t n = 0; n < plan.plan_.parts.size(); ++n) {
     const Part& part = plan.plan_.parts[n];
-    const CombineKernel kernel = kernel_of(part.kind);
+    const CombineKernel kernel = plan.kernel_of(part.kind);
     args.first_slice = part.first_slice;
     args.num_slices = part.num_slices;
     launch(kernel.run, {static_cast<int>(plan.blocks_[n]), kernel.threads, 0, stream}, args, "combine");

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "combine_kernels.h"
 #include "device.h"
 #include "mtl_kernels/rows.h"
 #include "plan.h"
@@ -19,7 +20,10 @@ class CombinePlan {
 
  private:
   friend struct CombineCall;
+  CombineKernel kernel_of(int kind) const;
+
   int device_, num_tasks_;
+  bool slow_double_;
   std::int64_t num_params_;
   Plan plan_;
   Words words_;

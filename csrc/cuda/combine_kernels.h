@@ -13,6 +13,7 @@ struct CombineKernel {
   std::int64_t max_steps;
 };
 
-CombineKernel combine_kernel(DType rows, DType output);
+// `slow_double`: for a device whose double arithmetic is a small fraction of that in float.
+CombineKernel combine_kernel(DType rows, DType output, bool slow_double);
 
 }  // namespace mtl::cuda

@@ -1,6 +1,6 @@
 #pragma once
 
-// Elements of the four row dtypes: 16 bytes of a row as words, one of its elements as a number, and a double
+// Elements of the four row dtypes: 16 bytes of a row as words, one of its elements as a number, and a number
 // rounded once to an element.
 
 #include <type_traits>
@@ -21,42 +21,80 @@ struct Float16 {
 template <class T>
 constexpr bool kIsHalf = std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>;
 
-__device__ __forceinline__ double to_double(double x) { return x; }
-__device__ __forceinline__ double to_double(float x) { return x; }
+__device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) {
   return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
 }
 __device__ __forceinline__ float to_float(Float16 x) { return half_to_float(x.bits); }
-__device__ __forceinline__ double to_double(BFloat16 x) { return to_float(x); }
-__device__ __forceinline__ double to_double(Float16 x) { return to_float(x); }
-
-// x rounded to a float whose last bit is sticky: a second rounding, to at most 22 bits, then gives what
-// rounding x itself would have given.
-__device__ __forceinline__ float round_to_odd(double x) {
-  const float toward_zero = __double2float_rz(x);
-  const bool exact = static_cast<double>(toward_zero) == x || x != x;
-  return exact ? toward_zero : __uint_as_float(__float_as_uint(toward_zero) | 1u);
-}
-
+__device__ __forceinline__ double to_double(double x) { return x; }
 template <class T>
-__device__ __forceinline__ T from_double(double x);
-template <>
-__device__ __forceinline__ double from_double<double>(double x) {
-  return x;
+__device__ __forceinline__ double to_double(T x) {
+  return to_float(x);
 }
-template <>
-__device__ __forceinline__ float from_double<float>(double x) {
-  return static_cast<float>(x);
+
+// An element as the number that sums are kept in.
+template <class Sum, class T>
+__device__ __forceinline__ Sum to_number(T x) {
+  if constexpr (std::is_same_v<Sum, float>) {
+    return to_float(x);
+  } else {
+    return to_double(x);
+  }
 }
-template <>
-__device__ __forceinline__ Float16 from_double<Float16>(double x) {
-  return {float_to_half(round_to_odd(x))};
+
+// x as a float that rounds to 16 bits as x itself does: cut off, with the last bit set if one of the last 41
+// of x was. Where the cut leaves what is halfway between two elements, at most 12 digits long, those 41 are
+// zero if x is halfway too; else what was cut off is among them, even of a subnormal float, which has 16
+// digits from the least halfway case on. Anywhere else the last bit decides nothing. One conversion, which is
+// what a GPU for computing does least of.
+__device__ __forceinline__ float round_to_odd(double x) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(x));
+  const unsigned rest = (static_cast<unsigned>(bits >> 32) & 0x1ffu) | static_cast<unsigned>(bits);
+  return __uint_as_float(__float_as_uint(__double2float_rz(x)) | (rest != 0 ? 1u : 0u));
 }
-template <>
-__device__ __forceinline__ BFloat16 from_double<BFloat16>(double x) {
-  const unsigned bits = __float_as_uint(round_to_odd(x));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+__device__ __forceinline__ float round_to_odd(float x) { return x; }
+
+// x rounded once, to nearest, ties to even; a NaN stays one.
+template <class T, class Sum>
+__device__ __forceinline__ T rounded(Sum x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {float_to_bfloat16(round_to_odd(x))};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return {float_to_half(round_to_odd(x))};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// Whether none of them is infinite or NaN: an exponent of all ones carries into the place of the sign. Two
+// elements of 16 bits at a time, which share a register.
+template <int kCount>
+__device__ __forceinline__ bool all_finite(const double (&x)[kCount]) {
+  unsigned carries = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const auto bits = static_cast<unsigned long long>(__double_as_longlong(x[i]));
+    carries |= (static_cast<unsigned>(bits >> 32) & 0x7fffffffu) + 0x00100000u;
+  }
+  return (carries & 0x80000000u) == 0;
+}
+template <int kCount>
+__device__ __forceinline__ bool all_finite(const float (&x)[kCount]) {
+  unsigned carries = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) carries |= (__float_as_uint(x[i]) & 0x7fffffffu) + 0x00800000u;
+  return (carries & 0x80000000u) == 0;
+}
+template <class Half, int kCount>
+__device__ __forceinline__ bool all_finite(const Half (&x)[kCount]) {
+  constexpr unsigned kCarry = std::is_same_v<Half, BFloat16> ? 0x00800080u : 0x04000400u;
+  unsigned carries = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 2) {
+    const unsigned upper = i + 1 < kCount ? x[i + 1].bits : 0u;
+    carries |= ((x[i].bits | upper << 16) & 0x7fff7fffu) + kCarry;
+  }
+  return (carries & 0x80008000u) == 0;
 }
 
 // Calls `use` with an element of the dtype, whose type is what matters.
@@ -109,6 +147,14 @@ struct alignas(16) Vector {
       return join_double(words[2 * i], words[2 * i + 1]);
     } else {
       return number(i);
+    }
+  }
+  template <class Sum>
+  __device__ __forceinline__ Sum as(int i) const {
+    if constexpr (std::is_same_v<Sum, float>) {
+      return number(i);
+    } else {
+      return exact(i);
     }
   }
 };

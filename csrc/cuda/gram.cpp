@@ -9,9 +9,6 @@ namespace {
 
 constexpr int kNumDTypes = 4;
 
-// Double at half of float's rate, on GPUs for computing; at a 32nd and less on the others.
-constexpr int kFastDoubleRatio = 4;
-
 // Scratch of a solver up to here costs a gram kernel no block on any multiprocessor.
 constexpr std::size_t kSmallScratchBytes = 8 << 10;
 
@@ -20,7 +17,7 @@ constexpr std::size_t kSmallScratchBytes = 8 << 10;
 GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
     : device_(device), num_tasks_(rows.num_tasks), num_params_(rows.num_params) {
   const DeviceGuard guard(device);
-  slow_double_ = attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device) > kFastDoubleRatio;
+  slow_double_ = has_slow_double(device);
   std::vector<Item> items;
   std::vector<Shape> shapes(kNumDTypes, Shape{1, 1, 1});
   for (std::int64_t p = 0; p < rows.num_params; ++p) {

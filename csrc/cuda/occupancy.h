@@ -12,9 +12,17 @@ inline int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+// Whether double arithmetic is a small fraction of that in float: half of it on GPUs for computing, a 32nd
+// and less on the others.
+inline bool has_slow_double(int device) {
+  constexpr int kFastRatio = 4;
+  return attribute(cudaDevAttrSingleToDoublePrecisionPerfRatio, device) > kFastRatio;
+}
+
 // Bytes of dynamic shared memory that a block of the kernel can have on the current device.
 template <class Args>
 std::size_t dynamic_shared_limit(void (*kernel)(Args), int device) {
+  const RelaxedCapture relaxed;  // the kernel may be loaded here
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
   const auto room = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
@@ -26,7 +34,7 @@ std::size_t dynamic_shared_limit(void (*kernel)(Args), int device) {
 // which ask for different sizes do not take it from each other.
 template <class Args>
 std::int64_t wave(void (*kernel)(Args), int device, int threads, std::size_t shared_bytes) {
-  const RelaxedCapture relaxed;  // a kernel may be loaded here
+  const RelaxedCapture relaxed;
   const auto* address = reinterpret_cast<const void*>(kernel);
   const std::size_t limit = dynamic_shared_limit(kernel, device);
   int blocks = 0;

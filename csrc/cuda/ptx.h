@@ -23,6 +23,12 @@ __device__ __forceinline__ std::uint16_t float_to_half(float x) {
   return bits;
 }
 
+__device__ __forceinline__ std::uint16_t float_to_bfloat16(float x) {
+  std::uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
 // Starts the copy of the first `valid` of kBytes (4, 8 or 16) to shared memory, zeros for the rest; both
 // addresses are multiples of kBytes. With valid = 0 nothing is read.
 template <int kBytes>

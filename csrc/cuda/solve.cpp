@@ -13,32 +13,6 @@ SolverInfo info_of(const SolverArguments& arguments) {
   return find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr);
 }
 
-struct Plan {
-  int threads;
-  std::size_t shared_bytes;
-  std::int64_t blocks;
-  std::int64_t scratch_doubles;  // of all blocks, 0: in shared memory
-};
-
-Plan make_plan(int device, const SolverArguments& arguments, std::int64_t batch) {
-  const SolverInfo solver = info_of(arguments);
-  const int K = arguments.num_tasks;
-  const auto doubles = static_cast<std::int64_t>(solver.scratch_doubles(K));
-  const std::size_t bytes = static_cast<std::size_t>(doubles) * sizeof(double);
-  const auto kernel = solve_kernel(K);
-  const bool shared = bytes <= dynamic_shared_limit(kernel, device);
-  Plan plan{};
-  // A warp for each of the rows; or one in all, which has the fastest barriers, where small problems have no
-  // work for more.
-  plan.threads = solver.independent_rows ? std::min(K * kWarp, kSolveMaxThreads)
-                 : K <= kWarp            ? kWarp
-                                         : kMaxTasks;
-  plan.shared_bytes = shared ? bytes : 0;
-  plan.blocks = std::min(batch, wave(kernel, device, plan.threads, plan.shared_bytes));
-  plan.scratch_doubles = shared ? 0 : doubles * plan.blocks;
-  return plan;
-}
-
 }  // namespace
 
 std::int64_t scratch_of(const SolverArguments& arguments) {
@@ -65,21 +39,48 @@ SolverCall make_call(const SolverArguments& arguments, double* scratch) {
   return call;
 }
 
-std::int64_t solve_scratch(int device, const SolverArguments& arguments, std::int64_t batch) {
+SolvePlans::Plan SolvePlans::make(int device, const SolverArguments& arguments) {
   const DeviceGuard guard(device);
-  return batch == 0 ? 0 : make_plan(device, arguments, batch).scratch_doubles;
+  const SolverInfo solver = info_of(arguments);
+  const int K = arguments.num_tasks;
+  const auto doubles = static_cast<std::int64_t>(solver.scratch_doubles(K));
+  const std::size_t bytes = static_cast<std::size_t>(doubles) * sizeof(double);
+  const auto kernel = solve_kernel(K);
+  const bool shared = bytes <= dynamic_shared_limit(kernel, device);
+  Plan plan{};
+  // A warp for each of the rows; or one in all, which has the fastest barriers, where small problems have no
+  // work for more.
+  plan.threads = solver.independent_rows ? std::min(K * kWarp, kSolveMaxThreads)
+                 : K <= kWarp            ? kWarp
+                                         : kMaxTasks;
+  plan.shared_bytes = shared ? bytes : 0;
+  plan.scratch_doubles = shared ? 0 : doubles;
+  plan.wave = wave(kernel, device, plan.threads, plan.shared_bytes);
+  return plan;
 }
 
-void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch,
-           cudaStream_t stream) {
+SolvePlans::Plan SolvePlans::find(int device, const SolverArguments& arguments) {
+  const std::tuple key{device, info_of(arguments).position, arguments.num_tasks};
+  const std::lock_guard lock(mutex_);
+  const auto found = plans_.find(key);
+  return found != plans_.end() ? found->second : plans_.emplace(key, make(device, arguments)).first->second;
+}
+
+std::int64_t SolvePlans::scratch_doubles(int device, const SolverArguments& arguments, std::int64_t batch) {
+  const Plan plan = find(device, arguments);
+  return plan.scratch_doubles * std::min(batch, plan.wave);
+}
+
+void SolvePlans::solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch,
+                       cudaStream_t stream) {
   const DeviceGuard guard(device);
   const SolverCall call = make_call(arguments, scratch);
   if (batch == 0) return;
-  const Plan plan = make_plan(device, arguments, batch);
+  const Plan plan = find(device, arguments);
   if (plan.scratch_doubles > 0 && scratch == nullptr) throw std::invalid_argument("solve needs a workspace");
   launch(solve_kernel(arguments.num_tasks),
-         {static_cast<int>(plan.blocks), plan.threads, plan.shared_bytes, stream}, SolveArgs{batch, call},
-         "solve");
+         {static_cast<int>(std::min(batch, plan.wave)), plan.threads, plan.shared_bytes, stream},
+         SolveArgs{batch, call}, "solve");
 }
 
 }  // namespace mtl::cuda

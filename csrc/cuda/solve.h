@@ -1,6 +1,9 @@
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "device.h"
@@ -30,11 +33,29 @@ std::int64_t scratch_of(const SolverArguments& arguments);
 // The kernel argument; `scratch` as there. Throws std::invalid_argument, see find_solver.
 SolverCall make_call(const SolverArguments& arguments, double* scratch);
 
-// Doubles of workspace that `solve` needs for a batch: 0 where shared memory has room.
-std::int64_t solve_scratch(int device, const SolverArguments& arguments, std::int64_t batch);
+// Solves on their own, and what the runtime was asked for them: once for each device, solver and K, of which
+// there are few. For any thread.
+class SolvePlans {
+ public:
+  // Doubles of workspace that `solve` needs for a batch: 0 where shared memory has room.
+  std::int64_t scratch_doubles(int device, const SolverArguments& arguments, std::int64_t batch);
 
-// Solves gram [batch, K, K] on the stream. One block a problem.
-void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch,
-           cudaStream_t stream);
+  // Solves gram [batch, K, K] on the stream. One block a problem.
+  void solve(int device, const SolverArguments& arguments, std::int64_t batch, double* scratch,
+             cudaStream_t stream);
+
+ private:
+  struct Plan {
+    int threads;
+    std::size_t shared_bytes;      // 0: scratch in global memory
+    std::int64_t scratch_doubles;  // of a block, in global memory
+    std::int64_t wave;             // blocks at a time
+  };
+  static Plan make(int device, const SolverArguments& arguments);
+  Plan find(int device, const SolverArguments& arguments);
+
+  std::mutex mutex_;
+  std::map<std::tuple<int, int, int>, Plan> plans_;  // by device, solver and K
+};
 
 }  // namespace mtl::cuda

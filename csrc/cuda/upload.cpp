@@ -32,6 +32,9 @@ DeviceCopy::DeviceCopy(int device, const void* from, std::size_t bytes) {
 }
 
 // At the end of the process the device may be gone, which is no error.
-DeviceCopy::~DeviceCopy() { static_cast<void>(cudaFree(memory_)); }
+DeviceCopy::~DeviceCopy() {
+  const RelaxedCapture relaxed;
+  static_cast<void>(cudaFree(memory_));
+}
 
 }  // namespace mtl::cuda

@@ -8,6 +8,7 @@ memory of its own, filled at once instead of by the graph: a replay is the kerne
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import threading
@@ -48,9 +49,17 @@ class _Stream:
         """A copy on the device, without waiting for it. Torch keeps pinned memory until it was read."""
         return values if self.device.type == "cpu" else values.pin_memory().to(self.device, non_blocking=True)
 
-    def table(self, words: bytes) -> Any:
-        """A table on the device. The caller holds on to it until its launch: it may not be kept for longer."""
-        return self._tables.find(words, lambda: self.upload(on_host(words)), len(words))
+    def table(self, words: bytes, codes: Sequence[int], check: Callable[[bytes, Sequence[int]], None]) -> Any:
+        """A table of addresses of elements of these dtypes, checked and copied to the device when it is new.
+
+        The caller holds on to it until its launch: it may not be kept for longer.
+        """
+
+        def checked() -> Any:
+            check(words, codes)
+            return self.upload(on_host(words))
+
+        return self._tables.find((words, tuple(codes)), checked, len(words))
 
     def plan(self, key: Hashable, make: Callable[[], Any]) -> tuple[Any, Any]:
         """A plan, and its words on the device."""
@@ -179,7 +188,11 @@ class CudaBackend:
         targets = packed(_address(tensor) for tensor in out)
         with stream.lock:
             plan, words = stream.plan(_key("combine", *sizes), lambda: self._module.CombinePlan(index, *sizes))
-            tables = stream.table(table.addresses), stream.table(targets)
+            check = self._module.check_aligned
+            tables = (
+                stream.table(table.addresses, table.codes, check),
+                stream.table(targets, outputs, functools.partial(check, of_outputs=True)),
+            )
             self._module.combine(
                 plan,
                 *map(_address, tables),
@@ -220,7 +233,7 @@ class CudaBackend:
             scratch_doubles = 0 if solver is None else plan.scratch_doubles(solver)
             doubles = stream.doubles(plan.sum_doubles + scratch_doubles)
             counters = stream.counters(plan.num_counters)
-            pointers = stream.table(table.addresses)
+            pointers = stream.table(table.addresses, table.codes, self._module.check_aligned)
             try:
                 self._module.gram(
                     plan,

@@ -1,5 +1,7 @@
 """What is the CUDA backend's own: its caches, captures, and what it says when something is missing."""
 
+import contextlib
+import ctypes
 import subprocess
 import sys
 import threading
@@ -8,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from exact import DTYPES, make_rows
+from exact import DTYPES, exact_combine, make_rows, torch_combine
 
 import emulated
 import mtl_kernels as mk
@@ -168,11 +170,92 @@ def test_a_failed_launch_starts_from_zero_counters(backend: cuda.CudaBackend, mo
         raise RuntimeError("gram: an illegal memory access was encountered")
 
     real = backend._module
-    monkeypatch.setattr(backend, "_module", SimpleNamespace(gram=fail, GramPlan=real.GramPlan))
+    monkeypatch.setattr(backend, "_module", SimpleNamespace(**{**vars(real), "gram": fail}))
     with pytest.raises(RuntimeError, match="illegal memory access"):
         gram(backend, table)
     monkeypatch.setattr(backend, "_module", real)
     assert torch.equal(gram(backend, table), expected)
+
+
+def at_odd_addresses(values: torch.Tensor, offset: int) -> torch.Tensor:
+    """The same numbers, ``offset`` bytes beyond where an allocation begins."""
+    storage = bytearray(values.nbytes + 16)
+    odd = torch.frombuffer(storage, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
+    return odd.copy_(values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_addresses_that_the_element_size_does_not_divide(backend: cuda.CudaBackend, dtype: torch.dtype) -> None:
+    """Refused before anything runs, for rows and outputs; any other address is taken."""
+    weights, groups = torch.ones(1, 3, dtype=torch.float64), [0, 0]
+    plain = [[torch.full((9,), 1.0), torch.full((5,), 2.0, dtype=dtype)] for _ in range(3)]
+    out = [torch.full((9,), 7.0), torch.full((5,), 7.0, dtype=dtype)]
+    for offset in range(1, 9):
+        odd = [*plain[:2], [plain[2][0], at_odd_addresses(plain[2][1], offset)]]
+        odd_out = [out[0], at_odd_addresses(out[1], offset)]
+        if offset % dtype.itemsize == 0:
+            assert torch.equal(gram(backend, RowTable(odd)), gram(backend, RowTable(plain)))
+            backend.combine_into(RowTable(odd), weights, groups, odd_out)
+            assert odd_out[0].eq(3).all() and odd_out[1].eq(6).all()
+            out[0].fill_(7)
+            continue
+        told = f"parameter 1 lies at an address that its element size {dtype.itemsize} does not divide"
+        with pytest.raises(ValueError, match=f"row 2, {told}"):
+            gram(backend, RowTable(odd))
+        with pytest.raises(ValueError, match=f"row 2, {told}"):
+            backend.combine_into(RowTable(odd), weights, groups, out)
+        with pytest.raises(ValueError, match=f"out, {told}"):
+            backend.combine_into(RowTable(plain), weights, groups, odd_out)
+        assert torch.cat([out[0], odd_out[0], odd_out[1].float()]).eq(7).all()
+
+
+def test_one_address_of_elements_of_two_sizes(backend: cuda.CudaBackend) -> None:
+    """What is known to be right for one dtype is not for another."""
+    halves = at_odd_addresses(torch.ones(1, 8, dtype=torch.bfloat16), 2)
+    gram(backend, RowTable(halves))
+    floats = RowTable(torch.ones(1, 4))
+    floats._addresses = RowTable(halves).addresses
+    with pytest.raises(ValueError, match="element size 4 does not divide"):
+        gram(backend, floats)
+
+
+@contextlib.contextmanager
+def emulated_device(
+    backend: cuda.CudaBackend, single_to_double_ratio: int = 2, captures: bool = False
+) -> Iterator[None]:
+    """How much faster than float64 its float32 is; whether another thread captures a stream."""
+    library = ctypes.CDLL(backend._module.__file__)
+    library.emulation_set_device(single_to_double_ratio, captures)
+    try:
+        yield
+    finally:
+        library.emulation_set_device(2, False)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 9, 40, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_in_float_where_double_is_slow(backend: cuda.CudaBackend, dtype: torch.dtype, num_tasks: int) -> None:
+    """At most twice torch's error at the row dtype; float64, of rows or output, is as exact as ever."""
+    rows = make_rows(num_tasks, [(20_000,)], [dtype], seed=num_tasks)
+    weights = torch.randn(num_tasks, dtype=torch.float64, generator=torch.Generator().manual_seed(num_tasks))
+    (exact,), (by_torch,) = exact_combine(rows, weights), torch_combine(rows, weights)
+    for out_dtype in (dtype, torch.float64):
+        in_double, out = torch.empty(2, 20_000, dtype=out_dtype)
+        backend.combine_into(RowTable(rows), weights[None], [0], [in_double])
+        with emulated_device(backend, single_to_double_ratio=64):
+            other = cuda.CudaBackend("emulated", backend._module, "cpu")  # plans belong to a device
+            other.combine_into(RowTable(rows), weights[None], [0], [out])
+        if torch.float64 in (dtype, out_dtype):
+            assert torch.equal(out, in_double)
+        else:
+            error = (out.double() - exact).abs().max()
+            assert error <= 2 * (by_torch.double() - exact).abs().max()
+            assert dtype is not torch.float32 or not torch.equal(out, in_double), "sums in double"
+
+
+def test_a_capture_in_another_thread_goes_on(backend: cuda.CudaBackend) -> None:
+    with emulated_device(backend, captures=True):
+        assert backend._module.unsupported(0) is None
 
 
 def test_no_memory_for_the_workspace(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:

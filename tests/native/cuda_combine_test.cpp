@@ -1,9 +1,10 @@
-// combine and its epilogues: every bit of every output.
+// combine and its epilogues: every bit of every output, but for sums in float, which have a bound.
 #include <algorithm>
 
 #include "combine.h"
 #include "combine_kernels.h"
 #include "cuda_test.h"
+#include "elements.h"
 
 namespace test {
 namespace {
@@ -30,6 +31,24 @@ void copy_bytes(const Memory& from, std::vector<unsigned char>* to) {
 
 bool same_numbers(double a, double b) {
   return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
+}
+
+bool slow_double() { return emulation::options().single_to_double_ratio > 4; }
+
+bool sums_in_float(DType in, DType out) {
+  return slow_double() && in != DType::kFloat64 && out != DType::kFloat64;
+}
+
+struct Expected {
+  double rounded, sum, error;
+};
+
+// What a sum of `count` terms in float may be off: each weight, product and sum rounded once, and the output.
+double float_error(DType out, double sum, double absolute, int count) {
+  const bool half = out != DType::kFloat32;
+  const int digits = out == DType::kBFloat16 ? 8 : 11, least = out == DType::kBFloat16 ? -126 : -14;
+  const double unit = half ? std::ldexp(1.0, std::max(std::ilogb(sum), least) - digits + 1) : 0.0;
+  return (count + 1) * 0x1p-24 * absolute + 0.5 * unit;
 }
 
 void check(
@@ -60,20 +79,27 @@ void check(
   for (std::size_t n = 0; n < weights.size(); ++n) weights[n] = weight_of(static_cast<int>(n) % K);
   const double scale = epilogue.scaled ? 0.37 : 1.0;
 
-  std::vector<std::vector<double>> expected(outputs.size());
+  std::vector<std::vector<Expected>> expected(outputs.size());
   bool finite = true;
   for (std::size_t p = 0; p < outputs.size(); ++p) {
     if (outputs[p].dtype < 0) continue;
     const auto dtype = static_cast<DType>(outputs[p].dtype);
     const Param& param = table.params[p];
     for (std::int64_t i = 0; i < param.columns; ++i) {
-      double sum = 0;
+      double sum = 0, absolute = 0;
+      int count = 0;
+      const auto add = [&](double term) {
+        sum += term;
+        absolute += std::fabs(term);
+        ++count;
+      };
       for (int k = 0; k < K; ++k)
-        if (const double* values = table.values(k, p))
-          sum += weights[param.group * K + k] * scale * values[i];
-      if (epilogue.accumulate) sum += get(dtype, targets[p]->begin() + i * mtl::item_size(dtype));
-      expected[p].push_back(quantized(dtype, sum));
-      finite = finite && std::isfinite(expected[p].back());
+        if (const double* values = table.values(k, p)) add(weights[param.group * K + k] * scale * values[i]);
+      if (epilogue.accumulate) add(get(dtype, targets[p]->begin() + i * mtl::item_size(dtype)));
+      const double rounded = quantized(dtype, sum);
+      expected[p].push_back(
+          {rounded, sum, sums_in_float(param.dtype, dtype) ? float_error(dtype, sum, absolute, count) : 0.0});
+      finite = finite && std::isfinite(rounded);
     }
   }
 
@@ -110,9 +136,11 @@ void check(
         const auto dtype = static_cast<DType>(outputs[p].dtype);
         const double written =
             get(dtype, targets[p]->begin() + i * static_cast<std::size_t>(mtl::item_size(dtype)));
-        if (same_numbers(written, expected[p][i])) continue;
+        const Expected& wanted = expected[p][i];
+        if (same_numbers(written, wanted.rounded)) continue;
+        if (std::fabs(written - wanted.sum) <= wanted.error) continue;
         context() += ", parameter " + std::to_string(p) + ", column " + std::to_string(i) + ": " +
-                     std::to_string(written) + " instead of " + std::to_string(expected[p][i]);
+                     std::to_string(written) + " instead of " + std::to_string(wanted.rounded);
         expect(false, "the output");
       }
     }
@@ -125,7 +153,7 @@ void check(
 }
 
 std::vector<std::int64_t> border_sizes(DType in, DType out) {
-  const mtl::cuda::CombineKernel kernel = mtl::cuda::combine_kernel(in, out);
+  const mtl::cuda::CombineKernel kernel = mtl::cuda::combine_kernel(in, out, slow_double());
   const std::int64_t vector = 16 / mtl::item_size(in), step = kernel.step_columns,
                      tile = step * kernel.max_steps;
   if (kForRaces) return {0, vector - 1, step + vector + 1, tile + 1};
@@ -221,12 +249,12 @@ void test_combine_mixed() {
   // One element that is not finite, in any tile, as it is or after rounding; and one that is finite all the
   // same.
   set_device(2, 1);
-  for (const std::int64_t at : {0, 1030, 4999}) {
+  for (const std::int64_t at : {0, 1030, 4999, 5001}) {
     for (const double value : {1e30, static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
       for (const DType out : kDTypes) {
         context() = "found_inf, dtype " + std::to_string(static_cast<int>(out));
         const Table table(
-            2, 1, {{DType::kFloat32, 5000}}, all_reach,
+            2, 1, {{DType::kFloat32, 5002}}, all_reach,  // the last two in no vector
             [&](int k, std::size_t, std::int64_t n) { return k == 1 && n == at ? value : 1.0; });
         for (const float before : {0.0f, 1.0f})
           check(table, {{static_cast<int>(out)}}, {false, false, true, before}, [](int) { return 2.0; });
@@ -246,6 +274,98 @@ void test_combine_mixed() {
         1, 1, {{DType::kFloat64, 96}, {DType::kFloat64, 25, 0, 8}}, all_reach,
         [&](int, std::size_t, std::int64_t n) { return special[n % 24] * (n % 48 < 24 ? 1 : -1); });
     check(table, {{static_cast<int>(out)}, {static_cast<int>(out)}}, {}, [](int) { return 1.0; });
+  }
+}
+
+namespace {
+
+template <class Half>
+void expect_rounded(double x, std::uint16_t expected) {
+  if (mtl::cuda::rounded<Half>(x).bits == expected &&
+      mtl::cuda::rounded<Half>(-x).bits == (expected | 0x8000))
+    return;
+  char number[64];
+  std::snprintf(number, sizeof number, ", %a", x);
+  context() += number;
+  expect(false, "rounded once");
+}
+
+// Around every number of the format, and around what is halfway to the next: each digit of a double that
+// could decide alone. Then doubles of all sizes, and what is no number.
+template <class Half>
+void test_rounding_to(DType dtype, std::uint16_t infinity) {
+  context() = "rounding to dtype " + std::to_string(static_cast<int>(dtype));
+  const auto value = [&](int bits) {
+    const auto half = static_cast<std::uint16_t>(bits);
+    return get(dtype, reinterpret_cast<const unsigned char*>(&half));
+  };
+  for (int bits = 0; bits < infinity; ++bits) {
+    const double low = value(bits), high = bits + 1 < infinity ? value(bits + 1) : 2 * low - value(bits - 1);
+    const double middle = (low + high) / 2;
+    const auto lower = static_cast<std::uint16_t>(bits), upper = static_cast<std::uint16_t>(bits + 1);
+    expect_rounded<Half>(low, lower);
+    expect_rounded<Half>(middle, bits % 2 == 0 ? lower : upper);
+    for (int digit = 12; digit <= 52; ++digit) {
+      const double part = std::ldexp(1.0, std::ilogb(middle) - digit);
+      expect_rounded<Half>(low + part, lower);
+      expect_rounded<Half>(middle - part, lower);
+      expect_rounded<Half>(middle + part, upper);
+      expect_rounded<Half>(high - part, upper);
+    }
+  }
+  for (int n = 0; n < 1 << 20; ++n) {
+    const double x = std::ldexp(1 + draw(1 << 30) * 0x1p-30, draw(320) - 160);
+    unsigned char bytes[2];
+    put(dtype, bytes, quantized(dtype, x));
+    std::uint16_t expected;
+    std::memcpy(&expected, bytes, sizeof expected);
+    expect_rounded<Half>(x, expected);
+  }
+  for (const double large : {1e39, 1e300, static_cast<double>(INFINITY)})
+    expect_rounded<Half>(large, infinity);
+  for (const double small : {1e-45, 1e-60, 5e-324}) expect_rounded<Half>(small, 0);
+  for (int digit = 0; digit < 52; ++digit) {
+    const auto bits = static_cast<long long>(0x7ff0000000000000u | 1ull << digit);
+    for (const double nan : {__longlong_as_double(bits), -__longlong_as_double(bits)}) {
+      const int rounded = mtl::cuda::rounded<Half>(nan).bits & 0x7fff, quiet = infinity >> 1 & ~infinity;
+      expect(rounded > infinity && (rounded & quiet) != 0, "a quiet NaN");
+    }
+  }
+}
+
+// Every element beside one that is finite, on either side of it.
+template <class Half>
+void test_finite_halves(std::uint16_t infinity) {
+  context() = "finite halves";
+  for (int bits = 0; bits <= 0xffff; ++bits) {
+    const Half x{static_cast<std::uint16_t>(bits)},
+        largest{static_cast<std::uint16_t>(0x8000 | (infinity - 1))};
+    const bool finite = (bits & infinity) != infinity;
+    expect(mtl::cuda::all_finite<Half, 1>({x}) == finite, "one element");
+    expect(mtl::cuda::all_finite<Half, 4>({largest, largest, x, largest}) == finite, "the lower of two");
+    expect(mtl::cuda::all_finite<Half, 4>({largest, x, largest, largest}) == finite, "the upper of two");
+  }
+}
+
+}  // namespace
+
+void test_rounding() {
+  if (kForRaces) return;
+  test_rounding_to<mtl::cuda::BFloat16>(DType::kBFloat16, 0x7f80);
+  test_rounding_to<mtl::cuda::Float16>(DType::kFloat16, 0x7c00);
+  test_finite_halves<mtl::cuda::BFloat16>(0x7f80);
+  test_finite_halves<mtl::cuda::Float16>(0x7c00);
+  context() = "finite numbers";
+  for (const double x : {0.0, -0.0, 5e-324, -1.7976931348623157e308}) {
+    expect(mtl::cuda::all_finite({x, 1.0}) && mtl::cuda::all_finite({1.0, x}), "doubles");
+    const auto single = static_cast<float>(x);
+    expect(mtl::cuda::all_finite({single, 1.0f}) == std::isfinite(single), "floats");
+  }
+  for (const float x : {INFINITY, -INFINITY, NAN, -NAN}) {
+    const double wide = x;
+    expect(!mtl::cuda::all_finite({x, 1.0f}) && !mtl::cuda::all_finite({1.0f, x}), "floats that are not");
+    expect(!mtl::cuda::all_finite({wide, 1.0}) && !mtl::cuda::all_finite({1.0, wide}),
+           "doubles that are not");
   }
 }
 

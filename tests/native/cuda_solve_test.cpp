@@ -1,12 +1,16 @@
 // Batches of problems, in shared and in global scratch; and what a failing call says.
+#include <thread>
+
 #include "combine.h"
 #include "cuda_test.h"
 #include "gram.h"
 #include "solve.h"
+#include "upload.h"
 
 namespace test {
 namespace {
 
+using mtl::cuda::SolvePlans;
 using mtl::cuda::SolverArguments;
 
 // The Gram matrices of random rows, of every rank, the last of them not finite.
@@ -26,7 +30,7 @@ std::vector<double> draw_grams(int K, std::int64_t batch) {
   return grams;
 }
 
-void check(const SolverCase& solver, int K, std::int64_t batch, int masks) {
+void check(SolvePlans* plans, const SolverCase& solver, int K, std::int64_t batch, int masks) {
   context() = std::string(solver.name) + " " + std::to_string(solver.options[0]) +
               ", K = " + std::to_string(K) + ", batch of " + std::to_string(batch);
   const std::vector<double> grams = draw_grams(K, batch);
@@ -43,14 +47,14 @@ void check(const SolverCase& solver, int K, std::int64_t batch, int masks) {
   arguments.options = solver.options;
   std::vector<double> weights(static_cast<std::size_t>(batch) * K),
       certificate(static_cast<std::size_t>(batch) * 2);
-  std::vector<double> scratch(static_cast<std::size_t>(mtl::cuda::solve_scratch(0, arguments, batch)), NAN);
+  std::vector<double> scratch(static_cast<std::size_t>(plans->scratch_doubles(0, arguments, batch)), NAN);
   std::vector<double> first;
   in_orders([&] {
     weights.assign(weights.size(), NAN);
     certificate.assign(certificate.size(), NAN);
     arguments.weights = weights.data();
     arguments.certificate = certificate.data();
-    mtl::cuda::solve(0, arguments, batch, scratch.empty() ? nullptr : scratch.data(), nullptr);
+    plans->solve(0, arguments, batch, scratch.empty() ? nullptr : scratch.data(), nullptr);
     if (first.empty()) first = weights;
     expect(same_bits(first, weights), "the same bits in every order");
   });
@@ -63,6 +67,52 @@ void check(const SolverCase& solver, int K, std::int64_t batch, int masks) {
   }
 }
 
+SolverArguments arguments_of(const SolverCase& solver, int K) {
+  SolverArguments arguments;
+  arguments.name = solver.name;
+  arguments.num_tasks = K;
+  arguments.options = solver.options;
+  return arguments;
+}
+
+// What the runtime says is asked for once; each solver and K has a plan of its own, any batch the same.
+void test_plans_are_kept() {
+  context() = "plans of solve";
+  emulation::Options& set = emulation::options();
+  const int room = std::exchange(set.shared_bytes_opt_in, 2 << 10);
+  const SolverCase pcgrad{"pcgrad", {0, 0}}, min_norm{"min_norm", {0, 0, 0}};
+  const int blocks = set.multiprocessors * set.blocks_per_multiprocessor;
+  SolvePlans plans;
+  const auto scratch = [&](const SolverCase& solver, int K, std::int64_t batch) {
+    return plans.scratch_doubles(0, arguments_of(solver, K), batch);
+  };
+  const std::int64_t one = scratch(pcgrad, 40, 1), other = scratch(min_norm, 40, 1);
+  expect(one > 0 && other > 0 && one != other, "scratch of two solvers");
+  const int before = std::exchange(set.blocks_per_multiprocessor, 0);
+  expect(scratch(pcgrad, 40, 1) == one && scratch(min_norm, 40, 1) == other, "plans are kept");
+  expect(scratch(pcgrad, 40, 0) == 0 && scratch(pcgrad, 40, 2) == 2 * one, "scratch of a batch");
+  expect(scratch(pcgrad, 40, 1000) == blocks * one, "scratch of as many blocks as run");
+  check(&plans, pcgrad, 40, 2, 0);
+  expect_error<std::runtime_error>("bytes of shared memory", [&] { scratch(pcgrad, 41, 1); });
+  set.blocks_per_multiprocessor = before;
+  expect(scratch(pcgrad, 41, 1) > one, "scratch of another K, which failed before");
+  expect_error<std::runtime_error>("cudaSetDevice",
+                                   [&] { plans.scratch_doubles(1, arguments_of(pcgrad, 40), 1); });
+  set.shared_bytes_opt_in = room;
+}
+
+void test_plans_of_several_threads() {
+  SolvePlans plans;
+  std::vector<std::thread> threads;
+  for (int n = 0; n < 4; ++n) {
+    threads.emplace_back([&plans, n] {
+      for (int K = 1 + n % 2; K <= mtl::kMaxTasks; ++K)
+        plans.scratch_doubles(0, arguments_of({"min_norm", {0, 0, 0}}, K), 3);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace
 
 void test_solve() {
@@ -72,17 +122,21 @@ void test_solve() {
   const int opt_in = emulation::options().shared_bytes_opt_in;
   for (const int room : {opt_in, 2 << 10}) {
     emulation::options().shared_bytes_opt_in = room;
+    SolvePlans plans;
     const std::vector<int> sizes =
         kForRaces || room != opt_in
             ? std::vector<int>{2, 31, 33}
             : std::vector<int>{1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 40, 48, 49, 64, 65, 96, 97, 128};
     for (const int K : sizes) {
-      for (const SolverCase& solver : solvers) check(solver, K, K > 33 ? 2 : 5, draw(3));
+      for (const SolverCase& solver : solvers) check(&plans, solver, K, K > 33 ? 2 : 5, draw(3));
     }
   }
   emulation::options().shared_bytes_opt_in = opt_in;
-  check(solvers[0], 4, 0, 0);
-  check(solvers[2], 4, 1, 1);
+  SolvePlans plans;
+  check(&plans, solvers[0], 4, 0, 0);
+  check(&plans, solvers[2], 4, 1, 1);
+  test_plans_are_kept();
+  test_plans_of_several_threads();
 }
 
 // GPUs for consumers have 99 KB of shared memory for a block.
@@ -119,8 +173,26 @@ void test_context() {
   set_context(nullptr);
 }
 
+// While another thread captures a stream: whatever loads a kernel or takes memory would end its capture.
+void test_beside_a_capture() {
+  context() = "beside a capture";
+  emulation::Options& set = emulation::options();
+  set.capturing_elsewhere = true;
+  void* memory = nullptr;
+  expect(cudaMalloc(&memory, 8) == cudaErrorStreamCaptureUnsupported && memory == nullptr,
+         "the emulation refuses what a capture does not allow");
+  const Table table(9, 1, {{DType::kFloat32, 8}});
+  mtl::cuda::GramPlan(0, table.rows(), 1);
+  mtl::cuda::CombinePlan(0, table.rows(), 1, {0});
+  SolvePlans().scratch_doubles(0, arguments_of({"pcgrad", {0, 0}}, 9), 1);
+  mtl::cuda::DeviceCopy(0, table.pointers().data(), 8);
+  set.capturing_elsewhere = false;
+  static_cast<void>(cudaGetLastError());
+}
+
 void test_errors() {
   test_context();
+  test_beside_a_capture();
   test_small_devices();
   using mtl::cuda::GramPlan;
   const Table table(2, 1, {{DType::kFloat32, 8}});
@@ -174,16 +246,17 @@ void test_errors() {
   solver.name = "unknown";
   expect_error<std::invalid_argument>("unknown solver", [&] { run(&solver); });
   expect_error<std::invalid_argument>("unknown solver",
-                                      [&] { mtl::cuda::solve(0, solver, 1, nullptr, nullptr); });
+                                      [&] { SolvePlans().solve(0, solver, 1, nullptr, nullptr); });
   solver.name = "pcgrad";
   solver.options = {1, 0};
-  expect_error<std::invalid_argument>("needs an rng state", [&] { mtl::cuda::solve_scratch(0, solver, 1); });
+  expect_error<std::invalid_argument>("needs an rng state",
+                                      [&] { SolvePlans().scratch_doubles(0, solver, 1); });
 
   const int room = std::exchange(set.shared_bytes_opt_in, 1 << 10);
   solver.options = {0, 0};
   solver.num_tasks = 20;
   expect_error<std::invalid_argument>("needs a workspace",
-                                      [&] { mtl::cuda::solve(0, solver, 1, nullptr, nullptr); });
+                                      [&] { SolvePlans().solve(0, solver, 1, nullptr, nullptr); });
   set.shared_bytes_opt_in = room;
 
   const Table wide(128, 1, {{DType::kFloat32, 8}});

@@ -63,10 +63,10 @@ double squared_norm(int num_tasks, const double* gram, const double* weights) {
   return total;
 }
 
-// Float rows on a GPU with little double arithmetic.
-void on_slow_double(void (*test)(DType)) {
+// On a GPU with little double arithmetic.
+void on_slow_double(const std::function<void()>& test) {
   const int before = std::exchange(emulation::options().single_to_double_ratio, 64);
-  test(DType::kFloat32);
+  test();
   emulation::options().single_to_double_ratio = before;
 }
 
@@ -281,13 +281,13 @@ int main(int argc, char** argv) {
       {"plan", test_plan},
       {"errors", test_errors},
       {"gram_float32", [] { test_gram(DType::kFloat32); }},
-      {"gram_slow_double", [] { on_slow_double(test_gram); }},
+      {"gram_slow_double", [] { on_slow_double([] { test_gram(DType::kFloat32); }); }},
       {"gram_float64", [] { test_gram(DType::kFloat64); }},
       {"gram_bfloat16", [] { test_gram(DType::kBFloat16); }},
       {"gram_float16", [] { test_gram(DType::kFloat16); }},
       {"gram_mixed", test_gram_mixed},
       {"range_float32", [] { test_gram_range(DType::kFloat32); }},
-      {"range_slow_double", [] { on_slow_double(test_gram_range); }},
+      {"range_slow_double", [] { on_slow_double([] { test_gram_range(DType::kFloat32); }); }},
       {"range_float64", [] { test_gram_range(DType::kFloat64); }},
       {"range_bfloat16", [] { test_gram_range(DType::kBFloat16); }},
       {"range_float16", [] { test_gram_range(DType::kFloat16); }},
@@ -297,6 +297,14 @@ int main(int argc, char** argv) {
       {"combine_bfloat16", [] { test_combine(DType::kBFloat16); }},
       {"combine_float16", [] { test_combine(DType::kFloat16); }},
       {"combine_mixed", test_combine_mixed},
+      {"combine_slow_double",
+       [] {
+         on_slow_double([] {
+           for (const DType rows : kDTypes) test_combine(rows);
+           test_combine_mixed();
+         });
+       }},
+      {"rounding", test_rounding},
       {"solve", test_solve},
   };
   int found = 0;

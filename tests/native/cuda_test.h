@@ -147,6 +147,7 @@ void test_gram_range(DType dtype);
 void test_gram_solver();
 void test_combine(DType rows);
 void test_combine_mixed();
+void test_rounding();
 void test_solve();
 
 }  // namespace test

@@ -57,7 +57,8 @@ def test_every_target_has_every_kernel(binary: Path, kernels: list[Kernel]) -> N
 def test_newest_target_as_ptx(binary: Path, kernels: list[Kernel]) -> None:
     if not cuda_binary.ptx_targets(binary):
         pytest.skip("built for the GPUs of this machine")
-    assert cuda_binary.ptx_targets(binary) == {max(kernel.arch for kernel in kernels)}
+    targets = {kernel.arch for kernel in kernels}
+    assert cuda_binary.ptx_targets(binary) == {max(targets)} | (targets & {100})  # which those before 120 can run
 
 
 def test_no_spills(kernels: list[Kernel]) -> None:
@@ -88,7 +89,7 @@ def test_gram_tensor_uses_tensor_cores(kernels: list[Kernel]) -> None:
 def test_combine_moves_16_bytes(kernels: list[Kernel]) -> None:
     """Also no load or store of rows that could be of any memory."""
     assert failing(kernels, "combine_rows", "LDG.E.128") == []
-    alike = [kernel for kernel in kernels if len(set(kernel.types)) == 1]
+    alike = [kernel for kernel in kernels if kernel.types[:1] == kernel.types[1:2]]
     assert failing(alike, "combine_rows", "STG.E.128") == []
 
 

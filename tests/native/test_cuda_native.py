@@ -86,6 +86,7 @@ CASES = [
     "range_float16",
     "gram_solver",
     "combine_float32 combine_float64 combine_bfloat16 combine_float16",
+    "combine_slow_double rounding",
     "solve",
 ]
 

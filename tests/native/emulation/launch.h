@@ -33,6 +33,9 @@ struct Options {
   int driver_version = 13000;
   cudaError_t launch_error = cudaSuccess;  // what every launch returns instead of running
   cudaError_t device_error = cudaSuccess;  // what every call about the device returns
+  // Another thread captures a stream: what belongs to no stream, as loading a kernel, is refused where the
+  // calling thread's capture mode is not relaxed.
+  bool capturing_elsewhere = false;
 };
 
 Options& options();

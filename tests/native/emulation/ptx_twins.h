@@ -17,6 +17,13 @@ inline std::uint16_t float_to_half(float x) {
   return emulation::bits_as<std::uint16_t>(static_cast<_Float16>(x));
 }
 
+// Like the instruction, which makes one NaN of all.
+inline std::uint16_t float_to_bfloat16(float x) {
+  const auto bits = emulation::bits_as<std::uint32_t>(x);
+  if (x != x) return 0x7fff;
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 template <int kBytes>
 void copy_async(void* shared, const void* global, int valid) {
   emulation::copy_async(shared, global, kBytes, valid);

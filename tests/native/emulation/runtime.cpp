@@ -43,6 +43,15 @@ int set_context(void* wanted) {
 
 cudaError_t device_error() { return emulation::remember(emulation::options().device_error); }
 
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+// Of a call that belongs to no stream.
+cudaError_t capture_error() {
+  const bool refused =
+      emulation::options().capturing_elsewhere && capture_mode != cudaStreamCaptureModeRelaxed;
+  return refused ? emulation::remember(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
 }  // namespace
 
 namespace emulation {
@@ -96,6 +105,7 @@ const char* cudaGetErrorName(cudaError_t error) {
     NAME(cudaErrorLaunchOutOfResources)
     NAME(cudaErrorLaunchFailure)
     NAME(cudaErrorNotSupported)
+    NAME(cudaErrorStreamCaptureUnsupported)
     NAME(cudaErrorUnknown)
 #undef NAME
   }
@@ -192,6 +202,7 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   *attributes = {};
+  if (const cudaError_t refused = capture_error()) return refused;
   attributes->sharedSizeBytes = emulation::symbols_of(kernel).shared_bytes;
   attributes->maxThreadsPerBlock = kMaxThreads;
   attributes->numRegs = 32;
@@ -201,6 +212,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (const cudaError_t refused = capture_error()) return refused;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     const auto fixed = static_cast<int>(emulation::symbols_of(kernel).shared_bytes);
     if (value < 0 || value > emulation::options().shared_bytes_opt_in - fixed)
@@ -214,6 +226,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int block_threads,
                                                           std::size_t dynamic_shared_bytes) {
   *blocks = 0;
+  if (const cudaError_t refused = capture_error()) return refused;
   if (block_threads <= 0) return emulation::remember(cudaErrorInvalidValue);
   const bool fits = emulation::check_launch(kernel, {1, 1, 1}, {static_cast<unsigned>(block_threads), 1, 1},
                                             dynamic_shared_bytes) == cudaSuccess;
@@ -224,11 +237,13 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return device_error(); }
 
 cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+  if (const cudaError_t refused = capture_error()) return refused;
   *memory = std::malloc(bytes);
   return device_error();
 }
 
 cudaError_t cudaFree(void* memory) {
+  if (const cudaError_t refused = capture_error()) return refused;
   std::free(memory);
   return device_error();
 }
@@ -241,8 +256,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 cudaError_t cudaStreamDestroy(cudaStream_t) { return device_error(); }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
-  std::swap(current, *mode);
+  std::swap(capture_mode, *mode);
   return device_error();
 }
 
@@ -263,4 +277,11 @@ cudaError_t cudaMemset(void* to, int value, std::size_t bytes) {
 
 cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
   return cudaMemset(to, value, bytes);
+}
+
+// For who has loaded a module of this code, and sees nothing else of it.
+extern "C" __attribute__((visibility("default"))) void emulation_set_device(int single_to_double_ratio,
+                                                                            int capturing_elsewhere) {
+  emulation::options().single_to_double_ratio = single_to_double_ratio;
+  emulation::options().capturing_elsewhere = capturing_elsewhere != 0;
 }
