@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .call import SolverCall
-from .rows import DTYPE_CODES, RowTable, check_num_tasks
+from .rows import DTYPE_CODES, ITEMSIZES, RowTable, check_num_tasks
 
 MAX_GROUPS = 1 << 12
 """Groups may be numbered up to here, or up to the number of parameters if there are more."""
@@ -123,6 +123,8 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate
 
     With ``accumulate``, or where target and row differ in dtype, a target may not be a row either.
     """
+    if table.num_params == 1 and targets[0] is not None and _apart(table, targets[0]):
+        return
     spans: list[tuple[int, int, bool]] = []
     for p, target in enumerate(targets):
         if target is None or target.numel() == 0:
@@ -159,6 +161,14 @@ def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
         rng=rng,
         inputs=None if inputs is None else per_task(inputs, gram, "inputs", torch.float64),
     )
+
+
+def _apart(table: RowTable, target: Tensor) -> bool:
+    """Whether the target of the one parameter lies before or behind all of its rows."""
+    begin, row_bytes = target.data_ptr(), table.numels[0] * ITEMSIZES[table.codes[0]]
+    addresses = [address for address in table.pointers if address != 0]
+    end = begin + target.numel() * target.element_size()
+    return not addresses or end <= min(addresses) or begin >= max(addresses) + row_bytes
 
 
 def check_rng(rng: Tensor, gram: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ parameter. A dense ``[K, N]`` tensor is the case P = 1. Rows are never copied in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,9 +119,11 @@ class RowTable:
         "_matrix",
         "_numels",
         "_pointers",
+        "_sizes",
         "captured",
         "dense",
         "device",
+        "kept",
         "like",
         "num_params",
         "num_tasks",
@@ -136,6 +139,9 @@ class RowTable:
     like: list[Tensor | None]
     """Per parameter, the first task's tensor that is there: the model of its output."""
 
+    kept: dict[str, tuple[Hashable, Any]]
+    """What a backend keeps of its last launches over the table."""
+
     def __init__(self, rows: Tensor | Sequence[Row], *, captured: bool = False) -> None:
         self.captured = captured
         self.plain = True
@@ -145,6 +151,8 @@ class RowTable:
         self._addresses: bytes | None = None
         self._numels: list[int] | None = None
         self._codes: list[int] | None = None
+        self._sizes: tuple[int, tuple[int, ...], tuple[int, ...]] | None = None
+        self.kept = {}
         self.dense = isinstance(rows, Tensor)
         if isinstance(rows, Tensor):
             self._init_dense(rows)
@@ -277,6 +285,13 @@ class RowTable:
         if self._numels is None:
             self._numels = [0 if t is None else t.numel() for t in self.like]
         return self._numels
+
+    @property
+    def sizes(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """K, `numels` and `codes`: what a plan depends on, as a key."""
+        if self._sizes is None:
+            self._sizes = (self.num_tasks, tuple(self.numels), tuple(self.codes))
+        return self._sizes
 
     @property
     def codes(self) -> list[int]:

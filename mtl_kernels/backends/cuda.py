@@ -13,7 +13,7 @@ import importlib
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,18 @@ except ModuleNotFoundError:
     )
 except ImportError as error:
     _reason = f"the extension module mtl_kernels._cuda does not load ({error}); reinstall mtl-kernels"
+
+
+class _Launch(NamedTuple):
+    """What a launch needs beside its results: a plan, and memory on the device with its addresses."""
+
+    plan: Any
+    memory: tuple[Any, ...]
+    addresses: tuple[int, ...]
+
+    def with_table(self, memory: Any) -> _Launch:
+        """And one more table."""
+        return _Launch(self.plan, (*self.memory, memory), (*self.addresses, _address(memory)))
 
 
 class _Stream:
@@ -90,6 +102,14 @@ class _Stream:
             found = self._workspace[dtype] = torch.zeros(max(size, 1), dtype=dtype, device=self.device)
         return found
 
+    def launch_of(self, table: RowTable, kind: str, key: Hashable, make: Callable[[], _Launch]) -> _Launch:
+        """What the last launch of a kind over this table needed, if the key is the same; the table keeps it."""
+        found = table.kept.get(kind)
+        if found is None or found[0] != key:
+            found = table.kept[kind] = (key, make())
+        launch: _Launch = found[1]
+        return launch
+
 
 class _Capture(_Stream):
     """The same for one launch that goes into a CUDA graph."""
@@ -101,6 +121,9 @@ class _Capture(_Stream):
     def upload(self, values: Tensor) -> Any:
         self._kept.append(self._copy(self.device.index, values.data_ptr(), values.numel() * values.itemsize))
         return self._kept[-1]
+
+    def launch_of(self, table: RowTable, kind: str, key: Hashable, make: Callable[[], _Launch]) -> _Launch:
+        return make()
 
     def doubles(self, size: int) -> Tensor:
         return torch.empty(max(size, 1), dtype=torch.float64, device=self.device)
@@ -183,20 +206,23 @@ class CudaBackend:
     ) -> None:
         stream, handle = self._stream(table.device)
         outputs = [-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out]
-        sizes = (table.num_tasks, table.numels, table.codes, groups, weights.shape[0], outputs)
-        index = self._index(table.device)
-        targets = packed(_address(tensor) for tensor in out)
+        targets = packed([0 if tensor is None else tensor.data_ptr() for tensor in out])
+        num_groups = weights.shape[0]
+
+        def make() -> _Launch:
+            sizes = (*table.sizes, groups, num_groups, outputs)
+            check = functools.partial(self._module.check_aligned, of_outputs=True)
+            launch = self._prepare(stream, "combine", self._module.CombinePlan, table, sizes)
+            return launch.with_table(stream.table(targets, outputs, check))
+
         with stream.lock:
-            plan, words = stream.plan(_key("combine", *sizes), lambda: self._module.CombinePlan(index, *sizes))
-            check = self._module.check_aligned
-            tables = (
-                stream.table(table.addresses, table.codes, check),
-                stream.table(targets, outputs, functools.partial(check, of_outputs=True)),
-            )
+            key = (handle, _grouping(groups, num_groups), targets, tuple(outputs))
+            launch = stream.launch_of(table, "combine", key, make)
             self._module.combine(
-                plan,
-                *map(_address, tables),
-                _address(words),
+                launch.plan,
+                launch.addresses[0],
+                launch.addresses[2],
+                launch.addresses[1],
                 weights.data_ptr(),
                 _address(scale),
                 _address(found_inf),
@@ -226,19 +252,21 @@ class CudaBackend:
         solver: Any = None,
     ) -> None:
         stream, handle = self._stream(table.device)
-        index = self._index(table.device)
-        sizes = (table.num_tasks, table.numels, table.codes, groups, gram.shape[0])
+        num_groups = gram.shape[0]
+
+        def make() -> _Launch:
+            return self._prepare(stream, "gram", self._module.GramPlan, table, (*table.sizes, groups, num_groups))
+
         with stream.lock:
-            plan, words = stream.plan(_key("gram", *sizes), lambda: self._module.GramPlan(index, *sizes))
+            launch = stream.launch_of(table, "gram", (handle, _grouping(groups, num_groups)), make)
+            plan = launch.plan
             scratch_doubles = 0 if solver is None else plan.scratch_doubles(solver)
             doubles = stream.doubles(plan.sum_doubles + scratch_doubles)
             counters = stream.counters(plan.num_counters)
-            pointers = stream.table(table.addresses, table.codes, self._module.check_aligned)
             try:
                 self._module.gram(
                     plan,
-                    _address(pointers),
-                    _address(words),
+                    *launch.addresses,
                     doubles.data_ptr(),
                     _address(counters),
                     gram.data_ptr(),
@@ -251,6 +279,15 @@ class CudaBackend:
             except RuntimeError:
                 stream.forget_counters()
                 raise
+
+    def _prepare(self, stream: _Stream, kind: str, make: Any, table: RowTable, sizes: tuple[Any, ...]) -> _Launch:
+        """What a launch over a table needs: its plan, and the tables of addresses and of work on the device."""
+        index = self._index(table.device)
+        plan, words = stream.plan(_key(kind, *sizes), lambda: make(index, *sizes))
+        launch = _Launch(plan, (), ())
+        return launch.with_table(stream.table(table.addresses, table.codes, self._module.check_aligned)).with_table(
+            words
+        )
 
     def _solver(self, call: SolverCall, gram: Tensor, weights: Tensor, certificate: Tensor) -> Any:
         num_tasks = gram.shape[-1]
@@ -288,6 +325,11 @@ class CudaBackend:
         key = (self._index(device), handle)
         found = self._streams.get(key)
         return self._streams.setdefault(key, _Stream(device)) if found is None else found
+
+
+def _grouping(groups: Sequence[int], num_groups: int) -> Hashable:
+    """The groups as a key; where there is one, all parameters are in it."""
+    return None if num_groups == 1 else tuple(groups)
 
 
 def _key(*parts: Any) -> Hashable:
