@@ -383,9 +383,12 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
     }
     __syncthreads();
     double* out = args.slice_sums + slice_number * pairs;
-    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads)
+    bool finite = true;
+    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads) {
       out[pair] = triangle[pair];
-    mend_absent_rows<T>(args, slice_number, out);
+      finite = finite && fabs(triangle[pair]) <= DBL_MAX;
+    }
+    mend_absent_rows<T>(args, slice_number, finite, out);
     finish<S::kRows>(args, slice_number);
   }
 }

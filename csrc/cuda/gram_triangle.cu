@@ -147,20 +147,22 @@ __device__ __forceinline__ void add_lanes(const double (&sums)[kCount], int thre
   }
 }
 
-// Adds up the sums of all threads, lanes then warps, and writes those of the first `num_tasks` rows.
+// Adds up the sums of all threads, lanes then warps, and writes those of the first `num_tasks` rows. Whether
+// what this thread writes is finite.
 template <int K>
-__device__ __forceinline__ void write_block_sums(const double (&sums)[kPairs<K>], int num_tasks,
+__device__ __forceinline__ bool write_block_sums(const double (&sums)[kPairs<K>], int num_tasks,
                                                  double* out) {
   __shared__ double warp_sums[kThreads / kWarp][kPairs<K>];
   const int thread = opaque(static_cast<int>(threadIdx.x));
   add_lanes<kPairs<K>, kWarp / 2>(sums, thread, 0, kPairs<K>,
                                   [&](int pair, double sum) { warp_sums[thread / kWarp][pair] = sum; });
   __syncthreads();
-  for (int pair = thread; pair < num_pairs(num_tasks); pair += kThreads) {
-    double total = 0.0;
-    for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w][pair];
-    out[pair] = total;
-  }
+  static_assert(kPairs<K> <= kThreads, "a thread writes one sum at most");
+  if (thread >= num_pairs(num_tasks)) return true;
+  double total = 0.0;
+  for (int w = 0; w < kThreads / kWarp; ++w) total += warp_sums[w][thread];
+  out[thread] = total;
+  return fabs(total) <= DBL_MAX;
 }
 
 // At a time on a multiprocessor: what the registers allow.
@@ -192,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kFloatSums>)
       add_tile<T, K, kFloatSums>(columns, in_float, sums);
     }
     double* out = args.slice_sums + static_cast<std::int64_t>(slice_number) * num_pairs(args.num_tasks);
-    write_block_sums<K>(sums, args.num_tasks, out);
-    mend_absent_rows<T>(args, slice_number, out);
+    const bool finite = write_block_sums<K>(sums, args.num_tasks, out);
+    mend_absent_rows<T>(args, slice_number, finite, out);
     finish<kTriangleTasks>(args, slice_number);
   }
 }

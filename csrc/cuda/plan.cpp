@@ -6,7 +6,8 @@
 namespace mtl::cuda {
 namespace {
 
-constexpr std::int64_t kPodSlices = 16;
+// Slices of a pod: all of a group that has few, so that one block's wait for L2 is all there is.
+constexpr std::int64_t kFewSlices = 32, kPodSlices = 16;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -79,16 +80,19 @@ Plan make_plan(std::vector<Item> items, std::int64_t num_groups, const std::vect
 
   // Pods of neighbouring slices: where those of a group lie apart, in several kinds, so do its pods.
   for (const std::vector<std::int64_t>& slices : slices_of) {
-    plan.groups.push_back({static_cast<std::int64_t>(plan.pods.size()), 0});
-    for (std::size_t n = 0; n < slices.size(); ++n) {
-      const bool follows = n > 0 && slices[n] == slices[n - 1] + 1;
-      if (!follows || plan.pods.back().num_slices == kPodSlices) {
-        plan.pods.push_back({slices[n], 0});
-        plan.groups.back().num_pods += 1;
+    const auto count = static_cast<std::int64_t>(slices.size());
+    const std::int64_t most = count <= kFewSlices ? kFewSlices : kPodSlices;
+    const std::int64_t first_pod = plan.num_pods;
+    for (std::int64_t begin = 0, end = 0; begin < count; begin = end, ++plan.num_pods) {
+      while (end < count && end - begin < most && slices[end] == slices[begin] + end - begin) ++end;
+      for (std::int64_t n = begin; n < end; ++n) {
+        Slice& slice = plan.slices[slices[n]];
+        slice.pod = plan.num_pods;
+        slice.first_of_pod = slices[begin];
+        slice.pod_slices = end - begin;
       }
-      plan.pods.back().num_slices += 1;
-      plan.slices[slices[n]].pod = static_cast<std::int64_t>(plan.pods.size()) - 1;
     }
+    plan.groups.push_back({first_pod, plan.num_pods - first_pod});
   }
   return plan;
 }

@@ -35,7 +35,7 @@ struct Part {
 struct Plan {
   std::vector<Tile> tiles;
   std::vector<Slice> slices;
-  std::vector<Pod> pods;
+  std::int64_t num_pods = 0;
   std::vector<GroupPods> groups;
   std::vector<Part> parts;  // one launch each
 };

@@ -47,6 +47,18 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// Adds one to a counter in global memory and tells what it was. What this thread wrote, or saw behind a
+// barrier, comes before it for every thread that finds the counter raised; what those did comes before what
+// this thread does next.
+__device__ __forceinline__ unsigned arrive(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
+
 // x, of which the compiler knows nothing: what is computed from it stays where it is, instead of in registers
 // that a loop needs.
 __device__ __forceinline__ int opaque(int x) {

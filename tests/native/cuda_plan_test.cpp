@@ -83,23 +83,35 @@ void check(const std::vector<Item>& items, std::int64_t num_groups, const std::v
 
   expect(static_cast<std::int64_t>(plan.groups.size()) == num_groups, "every group");
   std::int64_t next_pod = 0;
-  std::set<std::int64_t> slices;
+  std::size_t known_slices = 0;
   for (std::int64_t group = 0; group < num_groups; ++group) {
-    expect(plan.groups[group].first_pod == next_pod && plan.groups[group].num_pods > 0, "pods side by side");
-    std::int64_t before = -1;
-    for (std::int64_t n = 0; n < plan.groups[group].num_pods; ++n, ++next_pod) {
-      const Pod& pod = plan.pods[next_pod];
-      expect(pod.num_slices >= 1 && pod.num_slices <= 16, "small pods");
-      for (std::int64_t slice = pod.first_slice; slice < pod.first_slice + pod.num_slices; ++slice) {
-        expect(slices.insert(slice).second && slice > before, "every slice in one pod, in order");
-        expect(plan.slices[slice].pod == next_pod && plan.slices[slice].group == group,
+    const GroupPods& pods = plan.groups[group];
+    expect(pods.first_pod == next_pod && pods.num_pods > 0, "pods side by side");
+    std::vector<std::int64_t> slices;  // of the group
+    for (std::size_t n = 0; n < plan.slices.size(); ++n)
+      if (plan.slices[n].group == group) slices.push_back(static_cast<std::int64_t>(n));
+    known_slices += slices.size();
+    const std::int64_t most = slices.size() <= 32 ? 32 : 16;
+    std::int64_t interruptions = 0;
+    for (std::size_t n = 0; n < slices.size(); ++next_pod) {
+      const std::int64_t first = slices[n];
+      const Slice& pod = plan.slices[first];
+      expect(pod.first_of_pod == first && pod.pod_slices >= 1 && pod.pod_slices <= most, "small pods");
+      for (std::int64_t i = 0; i < pod.pod_slices; ++i, ++n) {
+        expect(n < slices.size() && slices[n] == first + i, "neighbouring slices");
+        const Slice& slice = plan.slices[slices[n]];
+        expect(slice.pod == next_pod && slice.first_of_pod == first && slice.pod_slices == pod.pod_slices,
                "a slice knows its pod");
-        before = slice;
       }
+      if (n < slices.size() && slices[n] != slices[n - 1] + 1)
+        ++interruptions;
+      else
+        expect(n == slices.size() || pod.pod_slices == most, "no more pods than needed");
     }
+    expect(next_pod == pods.first_pod + pods.num_pods, "every pod of the group");
+    if (slices.size() <= 32) expect(pods.num_pods == 1 + interruptions, "few slices meet once");
   }
-  expect(next_pod == static_cast<std::int64_t>(plan.pods.size()) && slices.size() == plan.slices.size(),
-         "every pod and slice");
+  expect(next_pod == plan.num_pods && known_slices == plan.slices.size(), "every pod and slice");
 }
 
 // Steps of the block that has most to do, when there is one parameter.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_emulation.h"
+#include "ptx_twins.h"
 
 namespace {
 
@@ -173,6 +174,18 @@ __global__ void collectives_kernel(int* failures) {
   }
 }
 
+__global__ void arrive_kernel(unsigned* counter, unsigned* before) {
+  before[blockIdx.x * blockDim.x + threadIdx.x] = mtl::cuda::arrive(counter);
+}
+
+void arrivals() {
+  unsigned counter = 0;
+  std::vector<unsigned> before(64);
+  emulated_launch(arrive_kernel, 2, 32, 0, nullptr, &counter, before.data());
+  std::sort(before.begin(), before.end());
+  for (unsigned i = 0; i < 64; ++i) expect(before[i] == i && counter == 64, "every arrival counts once");
+}
+
 // The bits of all float formats, and ints, in shared memory that nothing has written.
 __global__ void unwritten_kernel(int* failures) {
   __shared__ float fixed[37];
@@ -288,6 +301,7 @@ void correct_kernels() {
   reverse();
   neighbour();
   pipeline();
+  arrivals();
   orders();
   int failures = 0;
   emulated_launch(collectives_kernel, 2, 96, 0, nullptr, &failures);

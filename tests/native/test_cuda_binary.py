@@ -85,6 +85,16 @@ def test_gram_tensor_uses_tensor_cores(kernels: list[Kernel]) -> None:
     assert failing(kernels, "gram_tensor", "DMMA") == []
 
 
+def test_one_fence_an_arrival(kernels: list[Kernel]) -> None:
+    """Blocks that meet at a counter: one fence before it, none but a look past L1 behind it."""
+    for kernel in kernels:
+        if kernel.base.startswith("gram"):
+            counts = {name: kernel.called[name] for name in ("MEMBAR.ALL.GPU", "CCTL.IVALL", "MEMBAR.SC.GPU")}
+            arrivals = kernel.called["ATOMG.E.ADD.STRONG.GPU"]
+            assert arrivals > 0, kernel.name
+            assert list(counts.values()) == [arrivals, arrivals, 0], f"{kernel.name} on sm_{kernel.arch}: {counts}"
+
+
 def test_combine_moves_16_bytes(kernels: list[Kernel]) -> None:
     """Also no load or store of rows that could be of any memory."""
     assert failing(kernels, "combine_rows", "LDG.E.128") == []

@@ -29,6 +29,8 @@ void copy_wait() {
   emulation::copy_wait(kLeft);
 }
 
+inline unsigned arrive(unsigned* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL); }
+
 inline int opaque(int x) { return x; }
 
 inline void* global_memory(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
