@@ -188,11 +188,24 @@ __device__ __forceinline__ void mma_half(Float16, float (&c)[4], unsigned a0, un
   mma_float16(c, a0, a1, a2, a3, b0, b1);
 }
 
+// Elements first, ..., first + n - 1 of 16 bytes.
+template <int n, class T>
+__device__ __forceinline__ void exact_elements(const Vector<T>& from, int first, double (&to)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) to[i] = from.exact(first + i);
+}
+
 template <class T>
 __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector<T>& other, double (&c)[4]) {
+  constexpr int kAtOnce = Vector<T>::kElements < 4 ? Vector<T>::kElements : 4;
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i)
-    mma_double(c, own[0].exact(i), own[1].exact(i), other.exact(i));
+  for (int i = 0; i < Vector<T>::kElements; i += kAtOnce) {
+    double a0[kAtOnce], a1[kAtOnce], b[kAtOnce];
+    exact_elements(own[0], i, a0);
+    exact_elements(own[1], i, a1);
+    exact_elements(other, i, b);
+    mma_double(c, a0, a1, b);
+  }
 }
 
 template <class T>
@@ -209,11 +222,10 @@ __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector
 template <class T>
 __device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], double (&first)[4],
                                              double (&second)[4]) {
+  multiply<T>(own, own[0], first);
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i) {
-    mma_double(first, own[0].exact(i), own[1].exact(i), own[0].exact(i));
-    mma_double_lower(second[2], second[3], own[1].exact(i), own[1].exact(i));
-  }
+  for (int i = 0; i < Vector<T>::kElements; ++i)
+    mma_double_eight(second[2], second[3], own[1].exact(i), own[1].exact(i));
 }
 
 template <class T>

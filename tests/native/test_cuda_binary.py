@@ -85,6 +85,16 @@ def test_gram_tensor_uses_tensor_cores(kernels: list[Kernel]) -> None:
     assert failing(kernels, "gram_tensor", "DMMA") == []
 
 
+def test_float64_products_in_few_instructions(kernels: list[Kernel]) -> None:
+    """sm_90 takes 16 columns of 16 rows at once, or 8 where 16 bytes hold 2 elements; no other target does."""
+    on_90 = [kernel for kernel in kernels if kernel.base == "gram_tensor" and kernel.arch == 90]
+    if not on_90:
+        pytest.skip("not built for sm_90")
+    wanted = {kernel.name: "DMMA.16x8x8" if kernel.types[0] == "double" else "DMMA.16x8x16" for kernel in on_90}
+    assert [kernel.name for kernel in on_90 if kernel.count(wanted[kernel.name]) == 0] == []
+    assert [kernel.name for kernel in on_90 if kernel.body["DMMA.16x8x4"]] == []
+
+
 def test_one_fence_an_arrival(kernels: list[Kernel]) -> None:
     """Blocks that meet at a counter: one fence before it, none but a look past L1 behind it."""
     for kernel in kernels:
