@@ -23,6 +23,15 @@
 namespace mtl::cuda {
 namespace {
 
+// Shared memory of a multiprocessor at least, of which the system keeps a little for every block.
+#if defined(__CUDA_ARCH__) && \
+    ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900 && __CUDA_ARCH__ != 870) || __CUDA_ARCH__ >= 1200)
+constexpr int kMultiprocessorBytes = 100 << 10;  // of GPUs for consumers
+#else
+constexpr int kMultiprocessorBytes = 164 << 10;
+#endif
+constexpr int kOtherBytes = 2 << 10;  // of a block: the system's, and what solvers and statistics use
+
 template <class T, int kBands_>
 struct Shape {
   static constexpr int kBands = kBands_;
@@ -43,7 +52,7 @@ struct Shape {
   static constexpr int kStageColumns = kStageBytes / static_cast<int>(sizeof(T));
   // Rows 64 bytes apart modulo 128: the eight lanes that read at the same time then meet every bank once.
   static constexpr int kPitch = kStageBytes % 128 == 0 ? kStageBytes + 64 : kStageBytes;
-  static constexpr int kBufferBytes = kRows * kPitch;
+  static constexpr int kBufferBytes = (kRows - 1) * kPitch + kStageBytes;
   static constexpr int kStages = 4;
   static constexpr int kSharedBytes = kBufferBytes * kStages;
   static_assert(kSharedBytes <= 96 << 10,
@@ -55,8 +64,12 @@ struct Shape {
   static_assert(num_pairs(kRows) * 8 <= kBufferBytes * kStages, "the triangle reuses the buffers");
   static_assert(kWarps <= BlockTeam::kMaxWarps, "the block is the team of the solver behind");
 
-  // At a time on a multiprocessor. The copies in flight hide the memory's latency, not the number of warps.
-  static constexpr int kMinBlocks = kBands == 1 || (kBands == 2 && !kIsHalf<T>) ? 2 : 1;
+  // At a time on a multiprocessor. The copies in flight hide the memory's latency, not the number of warps;
+  // what a second block hides is that a warp converts, multiplies and waits for a barrier in turn. There is
+  // none where the registers do not allow it, or where it would find no shared memory.
+  static constexpr bool kFewRegisters = kBands <= 2 || (kBands == 4 && !kIsHalf<T>);
+  static constexpr int kMinBlocks =
+      kFewRegisters && 2 * (kSharedBytes + kOtherBytes) <= kMultiprocessorBytes ? 2 : 1;
   static constexpr int kTileStages = kIsHalf<T> ? 4 / kSteps : 8;
 };
 
@@ -188,24 +201,20 @@ __device__ __forceinline__ void mma_half(Float16, float (&c)[4], unsigned a0, un
   mma_float16(c, a0, a1, a2, a3, b0, b1);
 }
 
-// Elements first, ..., first + n - 1 of 16 bytes.
-template <int n, class T>
-__device__ __forceinline__ void exact_elements(const Vector<T>& from, int first, double (&to)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) to[i] = from.exact(first + i);
-}
+// Elements that are multiplied in double at once: of 16-bit rows the first half of 16 bytes.
+template <class T>
+constexpr int kDoubles = Vector<T>::kElements < 4 ? Vector<T>::kElements : 4;
 
 template <class T>
 __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector<T>& other, double (&c)[4]) {
-  constexpr int kAtOnce = Vector<T>::kElements < 4 ? Vector<T>::kElements : 4;
+  double a0[kDoubles<T>], a1[kDoubles<T>], b[kDoubles<T>];
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; i += kAtOnce) {
-    double a0[kAtOnce], a1[kAtOnce], b[kAtOnce];
-    exact_elements(own[0], i, a0);
-    exact_elements(own[1], i, a1);
-    exact_elements(other, i, b);
-    mma_double(c, a0, a1, b);
+  for (int i = 0; i < kDoubles<T>; ++i) {
+    a0[i] = own[0].exact(i);
+    a1[i] = own[1].exact(i);
+    b[i] = other.exact(i);
   }
+  mma_double(c, a0, a1, b);
 }
 
 template <class T>
@@ -224,7 +233,7 @@ __device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], double (
                                              double (&second)[4]) {
   multiply<T>(own, own[0], first);
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i)
+  for (int i = 0; i < kDoubles<T>; ++i)
     mma_double_eight(second[2], second[3], own[1].exact(i), own[1].exact(i));
 }
 
@@ -235,12 +244,28 @@ __device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], float (&
   multiply<T>(own, own[1], second);
 }
 
-// Adds the products of one stage. `bits` collects the words of the warp's own band, see in_float_range.
+// 16 bytes of a row, or part 1 of two moved to where part 0 is.
+template <int kParts, class T>
+__device__ __forceinline__ Vector<T> load_part(const unsigned char* from, int part) {
+  Vector<T> loaded = load_words<T>(from);
+  if (kParts == 2 && part == 1) {
+    loaded.words[0] = loaded.words[2];
+    loaded.words[1] = loaded.words[3];
+  }
+  return loaded;
+}
+
+// Adds the products of one stage. `bits` collects the words of the warp's own band, see in_float_range. Where
+// 16-bit rows are taken in double, 16 bytes are taken in two parts: as doubles they would be too many
+// registers.
 template <class S, class T, class Sum>
 __device__ __forceinline__ void multiply_stage(const Share<S>& share, int stage, const unsigned char* buffer,
                                                Sum (&sums)[S::kGroups][4], unsigned (&bits)[2]) {
+  constexpr int kParts =
+      Vector<T>::kElements / (std::is_same_v<Sum, double> ? kDoubles<T> : Vector<T>::kElements);
 #pragma unroll 1
-  for (int step = 0; step < S::kSteps; ++step) {
+  for (int n = 0; n < S::kSteps * kParts; ++n) {
+    const int step = n / kParts, part = n % kParts;
     const unsigned char* place =
         buffer + share.g * S::kPitch + (step * S::kStreams + share.stream) * 64 + share.t * 16;
     Vector<T> own[2];
@@ -250,11 +275,11 @@ __device__ __forceinline__ void multiply_stage(const Share<S>& share, int stage,
       if (far && !share.takes_far(stage * S::kSteps + step)) continue;
       const unsigned char* from = place + share.first_row(group) * S::kPitch;
       if (group < 2) {
-        own[group] = load_words<T>(from);
+        own[group] = load_part<kParts, T>(from, part);
         bits[group] |= own[group].words[0] | own[group].words[1] | own[group].words[2] | own[group].words[3];
         if (group == 1) multiply_own<T>(own, sums[0], sums[1]);
       } else {
-        const Vector<T> other = load_words<T>(from);
+        const Vector<T> other = load_part<kParts, T>(from, part);
         multiply<T>(own, other, sums[group]);
       }
     }

@@ -95,6 +95,24 @@ def test_float64_products_in_few_instructions(kernels: list[Kernel]) -> None:
     assert [kernel.name for kernel in on_90 if kernel.body["DMMA.16x8x4"]] == []
 
 
+def test_gram_tensor_has_two_blocks(kernels: list[Kernel]) -> None:
+    """Up to 32 tasks, and up to 64 whose rows are not of 16 bits: one block converts while the other multiplies."""
+    dynamic = cuda_binary.launch_shapes()
+    chosen = [
+        kernel
+        for kernel in kernels
+        if kernel.base == "gram_tensor" and kernel.threads and kernel.arch in cuda_binary.SHARED
+        if kernel.types[1] in ("1", "2") or (kernel.types[1] == "4" and kernel.types[0] not in HALVES)
+    ]
+    few = [
+        f"{kernel.name} on sm_{kernel.arch}: {kernel.registers} registers, {kernel.stack} bytes of stack, "
+        f"{kernel.shared} + {dynamic[kernel.name]} bytes of shared memory"
+        for kernel in chosen
+        if kernel.stack or cuda_binary.blocks_at_a_time(kernel, dynamic[kernel.name]) < 2
+    ]
+    assert chosen and not few, "\n".join(few)
+
+
 def test_one_fence_an_arrival(kernels: list[Kernel]) -> None:
     """Blocks that meet at a counter: one fence before it, none but a look past L1 behind it."""
     for kernel in kernels:
