@@ -34,7 +34,8 @@ GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
     const GramKernel kernel = kernel_of(kind);
     shapes[kind] = {
         kernel.step_columns, kernel.max_steps,
-        wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes))};
+        wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes)),
+        kernel.long_steps};
   }
   plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));

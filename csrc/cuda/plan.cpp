@@ -9,14 +9,21 @@ namespace {
 // Slices of a pod: all of a group that has few, so that one block's wait for L2 is all there is.
 constexpr std::int64_t kFewSlices = 32, kPodSlices = 16;
 
+// Tiles of a block of which one is little.
+constexpr std::int64_t kManyTiles = 16;
+
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The columns of a tile: as many rounds as the longest tiles take, in tiles that are equally long in each of
-// them. So every block has a tile where there are columns for all, and the last round is no short one.
+// them. So every block has a tile where there are columns for all, and the last round is no short one. Long
+// tiles begin less often, with a wait for addresses and then for data; but blocks may differ by one tile in
+// what they have to do, which should be little.
 std::int64_t tile_columns(const Shape& shape, std::int64_t columns) {
   const std::int64_t wave = shape.blocks * shape.step_columns;
-  const std::int64_t rounds = std::max<std::int64_t>(ceil_div(columns, wave * shape.max_steps), 1);
-  return shape.step_columns * std::clamp<std::int64_t>(ceil_div(columns, wave * rounds), 1, shape.max_steps);
+  const std::int64_t longest =
+      std::max(shape.max_steps, std::min(shape.long_steps, columns / (wave * kManyTiles)));
+  const std::int64_t rounds = std::max<std::int64_t>(ceil_div(columns, wave * longest), 1);
+  return shape.step_columns * std::clamp<std::int64_t>(ceil_div(columns, wave * rounds), 1, longest);
 }
 
 void append_tiles(const Item& item, std::int64_t width, std::vector<Tile>* tiles) {
