@@ -39,16 +39,13 @@ __device__ __noinline__ double pair_sum(const GramArgs& args, const Slice& slice
 }
 
 // Takes the pairs of a slice again whose sums are not finite, if an absent row may be why: rare, so slow is
-// fine. Every thread of the block calls it when it has written its share of `sums`, every blockDim-th of
-// them.
+// fine. Every thread of the block calls it when it has written its share of `sums`, with whether all of those
+// are finite; when it returns, the block's writes lie behind a barrier.
 template <class T>
-__device__ __noinline__ void mend_absent_rows(const GramArgs& args, std::int64_t slice_number, double* sums) {
+__device__ __noinline__ void mend_absent_rows(const GramArgs& args, std::int64_t slice_number, bool finite,
+                                              double* sums) {
   const Slice& slice = args.slices[slice_number];
-  bool bad = false;
-  for (int pair = static_cast<int>(threadIdx.x); pair < num_pairs(args.num_tasks);
-       pair += static_cast<int>(blockDim.x))
-    bad = bad || !(fabs(sums[pair]) <= DBL_MAX);
-  if (__syncthreads_or(bad) == 0 || !has_absent_rows(args, slice)) return;
+  if (__syncthreads_and(finite) != 0 || !has_absent_rows(args, slice)) return;
   for (int i = 0; i < args.num_tasks; ++i) {
     for (int j = 0; j <= i; ++j) {
       double* place = sums + num_pairs(i) + j;
@@ -57,6 +54,7 @@ __device__ __noinline__ void mend_absent_rows(const GramArgs& args, std::int64_t
       if (threadIdx.x == 0) *place = total;
     }
   }
+  __syncthreads();
 }
 
 }  // namespace mtl::cuda

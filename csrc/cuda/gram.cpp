@@ -31,13 +31,13 @@ GramPlan::GramPlan(int device, const RowTable& rows, int num_groups)
     const GramKernel kernel = kernel_of(kind);
     shapes[kind] = {
         kernel.step_columns, kernel.max_steps,
-        wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes))};
+        wave(kernel.run, device, kernel.threads, std::max(kernel.shared_bytes, kSmallScratchBytes)),
+        kernel.long_steps};
   }
   plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));
   tiles_at_ = words_.append(std::exchange(plan_.tiles, {}));  // first, where 16 bytes divide the address
   slices_at_ = words_.append(plan_.slices);
-  pods_at_ = words_.append(plan_.pods);
   groups_at_ = words_.append(plan_.groups);
 }
 
@@ -46,11 +46,11 @@ GramKernel GramPlan::kernel_of(int kind) const {
 }
 
 std::int64_t GramPlan::sum_doubles() const {
-  return static_cast<std::int64_t>(plan_.slices.size() + plan_.pods.size()) * num_pairs(num_tasks_);
+  return (static_cast<std::int64_t>(plan_.slices.size()) + plan_.num_pods) * num_pairs(num_tasks_);
 }
 
 std::int64_t GramPlan::num_counters() const {
-  return static_cast<std::int64_t>(plan_.pods.size() + plan_.groups.size()) + 1;
+  return plan_.num_pods + static_cast<std::int64_t>(plan_.groups.size()) + 1;
 }
 
 std::int64_t GramPlan::max_blocks() const { return *std::max_element(blocks_.begin(), blocks_.end()); }
@@ -76,13 +76,12 @@ void GramCall::run(cudaStream_t stream) const {
   args.pointers = pointers;
   args.tiles = table_at<Tile>(words, plan.tiles_at_);
   args.slices = table_at<Slice>(words, plan.slices_at_);
-  args.pods = table_at<Pod>(words, plan.pods_at_);
   args.groups = table_at<GroupPods>(words, plan.groups_at_);
   args.num_groups = static_cast<std::int64_t>(plan.plan_.groups.size());
   args.slice_sums = sums;
   args.pod_sums = sums + static_cast<std::int64_t>(plan.plan_.slices.size()) * num_pairs(plan.num_tasks_);
   args.pod_arrivals = counters;
-  args.group_arrivals = counters + plan.plan_.pods.size();
+  args.group_arrivals = counters + plan.plan_.num_pods;
   args.arrivals = args.group_arrivals + plan.plan_.groups.size();
   args.gram = gram;
   args.norms = norms;

@@ -33,7 +33,7 @@ class GramPlan {
   std::int64_t num_params_;
   Plan plan_;
   Words words_;
-  std::size_t tiles_at_, slices_at_, pods_at_, groups_at_;
+  std::size_t tiles_at_, slices_at_, groups_at_;
   std::vector<std::int64_t> blocks_;  // by part
 };
 

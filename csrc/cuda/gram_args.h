@@ -13,7 +13,6 @@ struct GramArgs {
   const std::uintptr_t* pointers;  // [K, P], 0 = the task does not reach the parameter
   const Tile* tiles;
   const Slice* slices;
-  const Pod* pods;
   const GroupPods* groups;
   std::int64_t num_groups;
   std::int64_t first_slice;

@@ -12,6 +12,7 @@ struct GramKernel {
   std::size_t shared_bytes;   // dynamic, that it cannot do without
   std::int64_t step_columns;  // that a block takes at a time
   std::int64_t max_steps;     // per tile
+  std::int64_t long_steps;    // the same where every block has many tiles
 };
 
 constexpr int kTriangleTasks = 8;

@@ -7,8 +7,8 @@
 // them.
 //
 // Float and double rows are multiplied in double: exact for float. 16-bit rows are multiplied in float,
-// exactly, and summed there over one tile (at most 128 columns a warp), then in double. Where the squares of
-// a tile do not fit a float the block takes the tile again, in double.
+// exactly, and summed there over a run of a tile (at most 128 columns a warp), then in double. Where the
+// squares of a run do not fit a float the block takes the run again, in double.
 //
 // Rows are cut into kBands bands of 16. A warp multiplies its own band with itself and with the next bands,
 // cyclically, so that all warps do alike; of two bands that lie half the circle apart each takes the product
@@ -22,6 +22,15 @@
 
 namespace mtl::cuda {
 namespace {
+
+// Shared memory of a multiprocessor at least, of which the system keeps a little for every block.
+#if defined(__CUDA_ARCH__) && \
+    ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900 && __CUDA_ARCH__ != 870) || __CUDA_ARCH__ >= 1200)
+constexpr int kMultiprocessorBytes = 100 << 10;  // of GPUs for consumers
+#else
+constexpr int kMultiprocessorBytes = 164 << 10;
+#endif
+constexpr int kOtherBytes = 2 << 10;  // of a block: the system's, and what solvers and statistics use
 
 template <class T, int kBands_>
 struct Shape {
@@ -43,7 +52,7 @@ struct Shape {
   static constexpr int kStageColumns = kStageBytes / static_cast<int>(sizeof(T));
   // Rows 64 bytes apart modulo 128: the eight lanes that read at the same time then meet every bank once.
   static constexpr int kPitch = kStageBytes % 128 == 0 ? kStageBytes + 64 : kStageBytes;
-  static constexpr int kBufferBytes = kRows * kPitch;
+  static constexpr int kBufferBytes = (kRows - 1) * kPitch + kStageBytes;
   static constexpr int kStages = 4;
   static constexpr int kSharedBytes = kBufferBytes * kStages;
   static_assert(kSharedBytes <= 96 << 10,
@@ -55,9 +64,16 @@ struct Shape {
   static_assert(num_pairs(kRows) * 8 <= kBufferBytes * kStages, "the triangle reuses the buffers");
   static_assert(kWarps <= BlockTeam::kMaxWarps, "the block is the team of the solver behind");
 
-  // At a time on a multiprocessor. The copies in flight hide the memory's latency, not the number of warps.
-  static constexpr int kMinBlocks = kBands == 1 || (kBands == 2 && !kIsHalf<T>) ? 2 : 1;
-  static constexpr int kTileStages = kIsHalf<T> ? 4 / kSteps : 8;
+  // At a time on a multiprocessor. The copies in flight hide the memory's latency, not the number of warps;
+  // what a second block hides is that a warp converts, multiplies and waits for a barrier in turn. There is
+  // none where the registers do not allow it, or where it would find no shared memory.
+  static constexpr bool kFewRegisters = kBands <= 2 || (kBands == 4 && !kIsHalf<T>);
+  static constexpr int kMinBlocks =
+      kFewRegisters && 2 * (kSharedBytes + kOtherBytes) <= kMultiprocessorBytes ? 2 : 1;
+
+  static constexpr int kRunStages = 4 / kSteps;  // summed in float, of 16-bit rows
+  static constexpr int kTileStages = kIsHalf<T> ? kRunStages : 8;
+  static constexpr int kLongTileStages = 32;  // where every block has many tiles
 };
 
 // Copies the columns of a slice to shared memory, stage by stage. A thread copies the same 16 bytes of a
@@ -70,7 +86,7 @@ class Copier {
         tile_(tile),
         stride_(static_cast<int>(slice.stride)),
         end_tile_(static_cast<int>(slice.end_tile)) {
-    if (!done()) enter_tile();
+    go_to(tile);
   }
   __device__ bool done() const { return tile_ >= end_tile_; }
   __device__ int tile() const { return tile_; }
@@ -81,17 +97,16 @@ class Copier {
   // Goes to the first stage of `tile`.
   __device__ void go_to(int tile) {
     tile_ = tile;
-    if (!done()) enter_tile();
-  }
-  // Goes to the stage of `tile` with which `left` bytes are to come.
-  __device__ void go_to(int tile, int left) {
-    go_to(tile);
     if (done()) return;
-    const int skipped = left_ - left;
+    next_ = args_.tiles[tile];
+    enter_tile();
+  }
+  // Leaves out so many bytes of the tile.
+  __device__ void skip(int bytes) {
 #pragma unroll
     for (int i = 0; i < S::kChunks; ++i)
-      if (from_[i] != nullptr) from_[i] += skipped;
-    left_ -= skipped;
+      if (from_[i] != nullptr) from_[i] += bytes;
+    left_ -= bytes;
   }
   // Whether the next stage is the last of its tile.
   __device__ bool ends_tile() const { return left_ <= S::kStageBytes - place(); }
@@ -121,8 +136,10 @@ class Copier {
   __device__ static int first_row() { return static_cast<int>(threadIdx.x) / S::kChunksPerRow; }
   __device__ static int place() { return static_cast<int>(threadIdx.x) % S::kChunksPerRow * 16; }
 
+  // The tile after this one is read here, ahead of the time: what follows has to wait for addresses only.
   __device__ void enter_tile() {
-    const Tile tile = args_.tiles[tile_];
+    const Tile tile = next_;
+    if (tile_ + stride_ < end_tile_) next_ = args_.tiles[tile_ + stride_];
     std::uintptr_t any = 0;
 #pragma unroll
     for (int i = 0; i < S::kChunks; ++i) {
@@ -155,6 +172,7 @@ class Copier {
 
   const GramArgs& args_;
   int tile_, stride_, end_tile_;
+  Tile next_;
   const unsigned char* from_[S::kChunks];
   int left_ = 0;  // bytes of the tile from this thread's place on
   int alignment_ = 16;
@@ -188,11 +206,20 @@ __device__ __forceinline__ void mma_half(Float16, float (&c)[4], unsigned a0, un
   mma_float16(c, a0, a1, a2, a3, b0, b1);
 }
 
+// Elements that are multiplied in double at once: of 16-bit rows the first half of 16 bytes.
+template <class T>
+constexpr int kDoubles = Vector<T>::kElements < 4 ? Vector<T>::kElements : 4;
+
 template <class T>
 __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector<T>& other, double (&c)[4]) {
+  double a0[kDoubles<T>], a1[kDoubles<T>], b[kDoubles<T>];
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i)
-    mma_double(c, own[0].exact(i), own[1].exact(i), other.exact(i));
+  for (int i = 0; i < kDoubles<T>; ++i) {
+    a0[i] = own[0].exact(i);
+    a1[i] = own[1].exact(i);
+    b[i] = other.exact(i);
+  }
+  mma_double(c, a0, a1, b);
 }
 
 template <class T>
@@ -209,11 +236,10 @@ __device__ __forceinline__ void multiply(const Vector<T> (&own)[2], const Vector
 template <class T>
 __device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], double (&first)[4],
                                              double (&second)[4]) {
+  multiply<T>(own, own[0], first);
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i) {
-    mma_double(first, own[0].exact(i), own[1].exact(i), own[0].exact(i));
-    mma_double_lower(second[2], second[3], own[1].exact(i), own[1].exact(i));
-  }
+  for (int i = 0; i < kDoubles<T>; ++i)
+    mma_double_eight(second[2], second[3], own[1].exact(i), own[1].exact(i));
 }
 
 template <class T>
@@ -223,12 +249,28 @@ __device__ __forceinline__ void multiply_own(const Vector<T> (&own)[2], float (&
   multiply<T>(own, own[1], second);
 }
 
-// Adds the products of one stage. `bits` collects the words of the warp's own band, see in_float_range.
+// 16 bytes of a row, or part 1 of two moved to where part 0 is.
+template <int kParts, class T>
+__device__ __forceinline__ Vector<T> load_part(const unsigned char* from, int part) {
+  Vector<T> loaded = load_words<T>(from);
+  if (kParts == 2 && part == 1) {
+    loaded.words[0] = loaded.words[2];
+    loaded.words[1] = loaded.words[3];
+  }
+  return loaded;
+}
+
+// Adds the products of one stage. `bits` collects the words of the warp's own band, see in_float_range. Where
+// 16-bit rows are taken in double, 16 bytes are taken in two parts: as doubles they would be too many
+// registers.
 template <class S, class T, class Sum>
 __device__ __forceinline__ void multiply_stage(const Share<S>& share, int stage, const unsigned char* buffer,
                                                Sum (&sums)[S::kGroups][4], unsigned (&bits)[2]) {
+  constexpr int kParts =
+      Vector<T>::kElements / (std::is_same_v<Sum, double> ? kDoubles<T> : Vector<T>::kElements);
 #pragma unroll 1
-  for (int step = 0; step < S::kSteps; ++step) {
+  for (int n = 0; n < S::kSteps * kParts; ++n) {
+    const int step = n / kParts, part = n % kParts;
     const unsigned char* place =
         buffer + share.g * S::kPitch + (step * S::kStreams + share.stream) * 64 + share.t * 16;
     Vector<T> own[2];
@@ -238,18 +280,18 @@ __device__ __forceinline__ void multiply_stage(const Share<S>& share, int stage,
       if (far && !share.takes_far(stage * S::kSteps + step)) continue;
       const unsigned char* from = place + share.first_row(group) * S::kPitch;
       if (group < 2) {
-        own[group] = load_words<T>(from);
+        own[group] = load_part<kParts, T>(from, part);
         bits[group] |= own[group].words[0] | own[group].words[1] | own[group].words[2] | own[group].words[3];
         if (group == 1) multiply_own<T>(own, sums[0], sums[1]);
       } else {
-        const Vector<T> other = load_words<T>(from);
+        const Vector<T> other = load_part<kParts, T>(from, part);
         multiply<T>(own, other, sums[group]);
       }
     }
   }
 }
 
-// Whether no thread of the block has reason to distrust the sums of a tile in float: none overflowed, and no
+// Whether no thread of the block has reason to distrust the sums of a run in float: none overflowed, and no
 // row is so small that its squares underflowed.
 template <class S, class T>
 __device__ __forceinline__ bool trusted(const float (&sums)[S::kGroups][4], const unsigned (&bits)[2]) {
@@ -268,17 +310,18 @@ __device__ __forceinline__ bool trusted(const float (&sums)[S::kGroups][4], cons
   return __syncthreads_or(!good) == 0;
 }
 
-// Adds the products of one tile in double, without reading ahead, through a buffer that no copy is on its way
-// to. Leaves the copier where it was.
+// Adds the products of the stages [first, last) of a tile in double, without reading ahead, through a buffer
+// that no copy is on its way to. Leaves the copier where it was.
 template <class S, class T>
-__device__ __forceinline__ void take_again(Copier<S, T>& copier, int tile, const Share<S>& share,
-                                           unsigned char* buffer, double (&sums)[S::kGroups][4]) {
+__device__ __forceinline__ void take_again(Copier<S, T>& copier, int tile, int first, int last,
+                                           const Share<S>& share, unsigned char* buffer,
+                                           double (&sums)[S::kGroups][4]) {
   const int tile_before = copier.tile(), left_before = copier.left();
   unsigned unused[2] = {};
   copier.go_to(tile);
-  bool last = false;
-  for (int stage = 0; !last; ++stage) {
-    last = copier.ends_tile();
+  copier.skip(first * S::kStageBytes);
+#pragma unroll 1
+  for (int stage = first; stage < last; ++stage) {
     __syncthreads();
     copier.copy(buffer);
     copy_commit();
@@ -286,7 +329,8 @@ __device__ __forceinline__ void take_again(Copier<S, T>& copier, int tile, const
     __syncthreads();
     multiply_stage<S, T>(share, stage, buffer, sums, unused);
   }
-  copier.go_to(tile_before, left_before);
+  copier.go_to(tile_before);
+  if (!copier.done()) copier.skip(copier.left() - left_before);
 }
 
 // All columns of a slice.
@@ -304,9 +348,10 @@ __device__ __forceinline__ void sum_slice(const GramArgs& args, const Slice& sli
   };
   for (int buffer = 0; buffer + 1 < S::kStages; ++buffer) fill(buffer);
   unsigned bits[2] = {};
-  [[maybe_unused]] float tile_sums[S::kGroups][4] = {};
+  [[maybe_unused]] float run_sums[S::kGroups][4] = {};
   int buffer = 0;
   int tile = static_cast<int>(slice.first_tile);
+  [[maybe_unused]] int run_begin = 0, run_end = 0;  // stages of the tile
   [[maybe_unused]] const bool in_float = slice.columns >= kFloatColumns;
   for (int stage = 0; tile < copier.end_tile(); ++stage) {
     copy_wait<S::kStages - 2>();
@@ -316,30 +361,31 @@ __device__ __forceinline__ void sum_slice(const GramArgs& args, const Slice& sli
     fill(buffer == 0 ? S::kStages - 1 : buffer - 1);
     unsigned char* arrived = buffers + buffer * S::kBufferBytes;
     if constexpr (kIsHalf<T>) {
-      multiply_stage<S, T>(share, stage, arrived, tile_sums, bits);
+      multiply_stage<S, T>(share, stage, arrived, run_sums, bits);
     } else {
       multiply_stage<S, T>(share, stage, arrived, sums, bits);
     }
     buffer = buffer + 1 == S::kStages ? 0 : buffer + 1;
-    if (!tile_ends) continue;
     if constexpr (kIsHalf<T>) {
-      if (in_float && trusted<S, T>(tile_sums, bits)) {
+      ++run_end;
+      if (!tile_ends && run_end - run_begin < S::kRunStages) continue;
+      if (in_float && trusted<S, T>(run_sums, bits)) {
 #pragma unroll
         for (int group = 0; group < S::kGroups; ++group)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums[group][i] += static_cast<double>(tile_sums[group][i]);
+          for (int i = 0; i < 4; ++i) sums[group][i] += static_cast<double>(run_sums[group][i]);
       } else {
-        take_again<S, T>(copier, tile, share, arrived, sums);
+        take_again<S, T>(copier, tile, run_begin, run_end, share, arrived, sums);
       }
 #pragma unroll
       for (int group = 0; group < S::kGroups; ++group)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) tile_sums[group][i] = 0.0f;
+        for (int i = 0; i < 4; ++i) run_sums[group][i] = 0.0f;
       bits[0] = bits[1] = 0;
+      run_begin = run_end = tile_ends ? 0 : run_end;
     }
-    tile += copier.stride();
+    if (tile_ends) tile += copier.stride();
   }
-  copy_wait<0>();
 }
 
 // Adds a warp's sums to the triangle.
@@ -383,9 +429,12 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
     }
     __syncthreads();
     double* out = args.slice_sums + slice_number * pairs;
-    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads)
+    bool finite = true;
+    for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads) {
       out[pair] = triangle[pair];
-    mend_absent_rows<T>(args, slice_number, out);
+      finite = finite && fabs(triangle[pair]) <= DBL_MAX;
+    }
+    mend_absent_rows<T>(args, slice_number, finite, out);
     finish<S::kRows>(args, slice_number);
   }
 }
@@ -393,7 +442,8 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
 template <class T, int kBands>
 GramKernel kernel() {
   using S = Shape<T, kBands>;
-  return {gram_tensor<T, kBands>, S::kThreads, S::kSharedBytes, S::kStageColumns, S::kTileStages};
+  return {gram_tensor<T, kBands>, S::kThreads,    S::kSharedBytes,
+          S::kStageColumns,       S::kTileStages, S::kLongTileStages};
 }
 
 // Few kernels for double, whose gradients are rare.

@@ -6,16 +6,24 @@
 namespace mtl::cuda {
 namespace {
 
-constexpr std::int64_t kPodSlices = 16;
+// Slices of a pod: all of a group that has few, so that one block's wait for L2 is all there is.
+constexpr std::int64_t kFewSlices = 32, kPodSlices = 16;
+
+// Tiles of a block of which one is little.
+constexpr std::int64_t kManyTiles = 16;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The columns of a tile: as many rounds as the longest tiles take, in tiles that are equally long in each of
-// them. So every block has a tile where there are columns for all, and the last round is no short one.
+// them. So every block has a tile where there are columns for all, and the last round is no short one. Long
+// tiles begin less often, with a wait for addresses and then for data; but blocks may differ by one tile in
+// what they have to do, which should be little.
 std::int64_t tile_columns(const Shape& shape, std::int64_t columns) {
   const std::int64_t wave = shape.blocks * shape.step_columns;
-  const std::int64_t rounds = std::max<std::int64_t>(ceil_div(columns, wave * shape.max_steps), 1);
-  return shape.step_columns * std::clamp<std::int64_t>(ceil_div(columns, wave * rounds), 1, shape.max_steps);
+  const std::int64_t longest =
+      std::max(shape.max_steps, std::min(shape.long_steps, columns / (wave * kManyTiles)));
+  const std::int64_t rounds = std::max<std::int64_t>(ceil_div(columns, wave * longest), 1);
+  return shape.step_columns * std::clamp<std::int64_t>(ceil_div(columns, wave * rounds), 1, longest);
 }
 
 void append_tiles(const Item& item, std::int64_t width, std::vector<Tile>* tiles) {
@@ -79,16 +87,19 @@ Plan make_plan(std::vector<Item> items, std::int64_t num_groups, const std::vect
 
   // Pods of neighbouring slices: where those of a group lie apart, in several kinds, so do its pods.
   for (const std::vector<std::int64_t>& slices : slices_of) {
-    plan.groups.push_back({static_cast<std::int64_t>(plan.pods.size()), 0});
-    for (std::size_t n = 0; n < slices.size(); ++n) {
-      const bool follows = n > 0 && slices[n] == slices[n - 1] + 1;
-      if (!follows || plan.pods.back().num_slices == kPodSlices) {
-        plan.pods.push_back({slices[n], 0});
-        plan.groups.back().num_pods += 1;
+    const auto count = static_cast<std::int64_t>(slices.size());
+    const std::int64_t most = count <= kFewSlices ? kFewSlices : kPodSlices;
+    const std::int64_t first_pod = plan.num_pods;
+    for (std::int64_t begin = 0, end = 0; begin < count; begin = end, ++plan.num_pods) {
+      while (end < count && end - begin < most && slices[end] == slices[begin] + end - begin) ++end;
+      for (std::int64_t n = begin; n < end; ++n) {
+        Slice& slice = plan.slices[slices[n]];
+        slice.pod = plan.num_pods;
+        slice.first_of_pod = slices[begin];
+        slice.pod_slices = end - begin;
       }
-      plan.pods.back().num_slices += 1;
-      plan.slices[slices[n]].pod = static_cast<std::int64_t>(plan.pods.size()) - 1;
     }
+    plan.groups.push_back({first_pod, plan.num_pods - first_pod});
   }
   return plan;
 }

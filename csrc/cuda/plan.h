@@ -20,9 +20,10 @@ struct Item {
 
 // What a kind's kernel does at a time.
 struct Shape {
-  std::int64_t step_columns;  // a block, per step
-  std::int64_t max_steps;     // per tile
-  std::int64_t blocks;        // that run at the same time
+  std::int64_t step_columns;    // a block, per step
+  std::int64_t max_steps;       // per tile
+  std::int64_t blocks;          // that run at the same time
+  std::int64_t long_steps = 0;  // per tile, if that is more, where every block has many tiles even so
 };
 
 // The slices [first, first + count) of a kind.
@@ -35,7 +36,7 @@ struct Part {
 struct Plan {
   std::vector<Tile> tiles;
   std::vector<Slice> slices;
-  std::vector<Pod> pods;
+  std::int64_t num_pods = 0;
   std::vector<GroupPods> groups;
   std::vector<Part> parts;  // one launch each
 };

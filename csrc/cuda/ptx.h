@@ -53,6 +53,18 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// Adds one to a counter in global memory and tells what it was. What this thread wrote, or saw behind a
+// barrier, comes before it for every thread that finds the counter raised; what those did comes before what
+// this thread does next.
+__device__ __forceinline__ unsigned arrive(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter))
+               : "memory");
+  return before;
+}
+
 // x, of which the compiler knows nothing: what is computed from it stays where it is, instead of in registers
 // that a loop needs.
 __device__ __forceinline__ int opaque(int x) {
@@ -74,27 +86,39 @@ __device__ __forceinline__ double join_double(unsigned low, unsigned high) {
 //   c[2], c[3]: the same of row g + 8.
 // A lane that holds elements of row g of a matrix X therefore holds them as A and as B = X' alike.
 
-// C += A B in double, k = 4: a lane holds column t of its rows of A, and row t of B.
-__device__ __forceinline__ void mma_double(double (&c)[4], double a0, double a1, double b) {
-#if __CUDA_ARCH__ >= 900
-  asm("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
-      : "d"(a0), "d"(a1), "d"(b));
-#else
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-      : "+d"(c[0]), "+d"(c[1])
-      : "d"(a0), "d"(b));
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
-      : "+d"(c[2]), "+d"(c[3])
-      : "d"(a1), "d"(b));
-#endif
-}
-
-// The same of rows g + 8 alone, c0 and c1 being what c[2] and c[3] are above.
-__device__ __forceinline__ void mma_double_lower(double& c0, double& c1, double a1, double b) {
+// C += A B in double of eight rows of A, k = 4: a lane holds column t of row g of A, and row t of B.
+__device__ __forceinline__ void mma_double_eight(double& c0, double& c1, double a, double b) {
   asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};"
       : "+d"(c0), "+d"(c1)
-      : "d"(a1), "d"(b));
+      : "d"(a), "d"(b));
+}
+
+// C += A B in double, k = 4 n with n = 2 or 4: a lane holds columns t, t + 4, ... of rows g (a0) and g + 8
+// (a1) of A, and the same rows of B. One instruction where the hardware has it.
+template <int n>
+__device__ __forceinline__ void mma_double(double (&c)[4], const double (&a0)[n], const double (&a1)[n],
+                                           const double (&b)[n]) {
+  static_assert(n == 2 || n == 4, "16 bytes of a row are 2 or 4 elements");
+#if __CUDA_ARCH__ >= 900
+  if constexpr (n == 2) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+        : "d"(a0[0]), "d"(a1[0]), "d"(a0[1]), "d"(a1[1]), "d"(b[0]), "d"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0,%1,%2,%3}, {%4,%5,%6,%7,%8,%9,%10,%11}, "
+        "{%12,%13,%14,%15}, {%0,%1,%2,%3};"
+        : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+        : "d"(a0[0]), "d"(a1[0]), "d"(a0[1]), "d"(a1[1]), "d"(a0[2]), "d"(a1[2]), "d"(a0[3]), "d"(a1[3]),
+          "d"(b[0]), "d"(b[1]), "d"(b[2]), "d"(b[3]));
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    mma_double_eight(c[0], c[1], a0[i], b[i]);
+    mma_double_eight(c[2], c[3], a1[i], b[i]);
+  }
+#endif
 }
 
 // C += A B in float, k = 16: a0, a1 hold two columns of rows g and g + 8, a2, a3 two further columns; b0, b1

@@ -21,14 +21,11 @@ struct Slice {
   std::int64_t stride;
   std::int64_t columns;  // of all the slices that take turns
   std::int64_t group;
+  // Its pod: neighbouring slices of a group, whose last one to finish adds up all of them, in the order of
+  // their numbers. Told here rather than in a table of pods, which would be one access more to wait for.
   std::int64_t pod;
-};
-
-// Neighbouring slices of a group, whose last one to finish adds up all of them, in the order of their
-// numbers.
-struct Pod {
-  std::int64_t first_slice;
-  std::int64_t num_slices;
+  std::int64_t first_of_pod;
+  std::int64_t pod_slices;
 };
 
 // The pods of a group, likewise.

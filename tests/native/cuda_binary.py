@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 # Registers and bytes of shared memory of a multiprocessor.
 _REGISTERS = 64 << 10
-_SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 _RESERVED = 1 << 10  # of a block's shared memory, by the system; from sm_90 on the compiler counts it in
 
 
@@ -40,8 +40,8 @@ class Kernel:
     threads: int
     """Per block; 0 where the module has no PTX to tell."""
     body: Counter[str] = field(default_factory=Counter)
-    """How often each instruction that moves memory or multiplies matrices stands in the kernel, the functions that it
-    calls left out."""
+    """How often each instruction that moves or orders memory or multiplies matrices stands in the kernel, the functions
+    that it calls left out."""
     called: Counter[str] = field(default_factory=Counter)
     """The same for those functions: the solvers and what else follows gram."""
 
@@ -150,7 +150,7 @@ def _read(cubin: Path, threads: dict[str, int]) -> list[Kernel]:
 
 
 def _instructions(code: str) -> list[str]:
-    return re.findall(r"\*/.* ((?:LD|ST|HMMA|DMMA)[\w.]*) .*;$", code, flags=re.MULTILINE)
+    return re.findall(r"\*/.* ((?:LD|ST|HMMA|DMMA|MEMBAR|ATOM|CCTL)[\w.]*) .*;$", code, flags=re.MULTILINE)
 
 
 def blocks_at_a_time(kernel: Kernel, dynamic_shared: int) -> int:
@@ -160,7 +160,7 @@ def blocks_at_a_time(kernel: Kernel, dynamic_shared: int) -> int:
         return 0
     registers = -(-kernel.registers * 32 // 256) * 256  # of a warp
     by_registers = _REGISTERS // registers // 4 * 4 // warps  # a quarter of the multiprocessor each
-    by_shared = _SHARED.get(kernel.arch, 100 << 10) // (kernel.shared + dynamic_shared + _RESERVED)
+    by_shared = SHARED.get(kernel.arch, 100 << 10) // (kernel.shared + dynamic_shared + _RESERVED)
     return min(by_registers, by_shared, 64 // warps, 32)
 
 

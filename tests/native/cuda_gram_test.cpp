@@ -23,7 +23,7 @@ constexpr std::int64_t kSliceWords = sizeof(mtl::cuda::Slice) / sizeof(std::int6
 void pretend_long(const Table& table, const GramPlan& plan, std::vector<std::int64_t>* words) {
   const std::int64_t pods = plan.num_counters() - table.num_groups - 1;
   const std::int64_t slices = plan.sum_doubles() / mtl::cuda::num_pairs(table.num_tasks) - pods;
-  const std::int64_t after = 2 * pods + 2 * table.num_groups;  // words
+  const std::int64_t after = 2 * table.num_groups;  // words
   std::int64_t* at = words->data() + words->size() - after - slices * kSliceWords;
   for (std::int64_t n = 0; n < slices; ++n, at += kSliceWords) {
     mtl::cuda::Slice slice;
@@ -170,13 +170,31 @@ void test_borders(DType dtype, int K) {
   expect_statistics(table, result);
 }
 
-// Many blocks: short tiles, slices of every block, several pods.
+// Many blocks: short tiles, slices of every block, one pod or several.
 void test_many_blocks(DType dtype, int K) {
   name_case("many blocks", dtype, K);
-  set_device(20, 2);
   const std::int64_t step = kernel_of(dtype, K).step_columns;
   const Table table(K, 2, {{dtype, 33 * step + 1, 0}, {dtype, 3, 1}, {dtype, 17 * step - 1, 0}});
-  expect_gram(table, run(table).gram, 0);
+  for (const bool several : {false, true}) {
+    set_device(several ? 40 : 15, 2);
+    const std::int64_t pods = GramPlan(0, table.rows(), 2).num_counters() - 3;
+    expect(several ? pods > 2 : pods == 2, "a pod for each of two groups, or more");
+    expect_gram(table, run(table).gram, 0);
+  }
+}
+
+// So many columns that tiles are longer than a run of sums in float.
+void test_long_tiles(DType dtype, int K, int offset) {
+  name_case("long tiles", dtype, K);
+  set_device(1, 1);
+  const mtl::cuda::GramKernel kernel = kernel_of(dtype, K);
+  const std::int64_t steps = (mtl::item_size(dtype) == 2 ? 2 : 1) * kernel.max_steps + 1;
+  const std::int64_t width = steps * kernel.step_columns;
+  const Table table(K, 1, {{dtype, 16 * width + kernel.step_columns + 3, 0, offset}});
+  mtl::cuda::Tile first;
+  std::memcpy(&first, GramPlan(0, table.rows(), 1).words().data(), sizeof first);
+  expect(first.columns > kernel.max_steps * kernel.step_columns, "tiles are long");
+  expect_gram(table, run(table, {}, true).gram, 0);
 }
 
 // Cosines of rows that are equal, or opposite, to which rounding would give more than 1.
@@ -226,6 +244,28 @@ void test_odd_tile(DType dtype, int K, int offset, int tile, double scale) {
     return draw_exact() * (at == tile && k == K - 1 ? scale : 1.0);
   });
   expect_gram(table, run(table, {}, true).gram, 1e-15L);
+}
+
+// The same with tiles of two runs each: `number` is that of a run.
+void test_odd_run(DType dtype, int K, int number, double scale) {
+  const mtl::cuda::GramKernel kernel = kernel_of(dtype, K);
+  const std::int64_t run_columns = kernel.step_columns * kernel.max_steps;
+  const Table table(K, 1, {{dtype, 32 * run_columns + 7}}, all_reach,
+                    [&](int k, std::size_t, std::int64_t n) {
+                      return draw_exact() * (n / run_columns == number && k == K - 1 ? scale : 1.0);
+                    });
+  expect_gram(table, run(table, {}, true).gram, 1e-15L);
+}
+
+// Ones beside a square of 2^28, which a sum in float that holds both would lose: it holds none from further
+// away than a run is long.
+void test_run_length(DType dtype, int K) {
+  const mtl::cuda::GramKernel kernel = kernel_of(dtype, K);
+  const std::int64_t run_columns = kernel.step_columns * kernel.max_steps;
+  const Table table(K, 1, {{dtype, 32 * run_columns}}, all_reach, [&](int, std::size_t, std::int64_t n) {
+    return n % (2 * run_columns) == 0 ? 0x1p14 : n % (2 * run_columns) < run_columns ? 0.0 : 1.0;
+  });
+  expect_gram(table, run(table, {}, true).gram, 0);
 }
 
 // One element of the last row is not zero, and too small to be squared in float.
@@ -286,6 +326,11 @@ void test_gram(DType dtype) {
   for (const int K : sizes) test_borders(dtype, K);
   for (const int K : kForRaces ? std::vector<int>{4, 9} : std::vector<int>{1, 4, 9, 33})
     test_many_blocks(dtype, K);
+  for (const int K : every && !kForRaces ? std::vector<int>{2, 4, 8, 9, 33, 64} : std::vector<int>{9})
+    test_long_tiles(dtype, K, 0);
+  if (every && !kForRaces) {
+    for (const int K : {2, 9}) test_long_tiles(dtype, K, 8);
+  }
   for (const int K : {1, 8, 9}) test_nothing(K);
   for (int round = 0; round < (kForRaces ? 1 : 10); ++round) test_equal_rows(8);
 }
@@ -346,6 +391,17 @@ void test_gram_range(DType dtype) {
         name_case(tile == 0 ? "large in tile 0" : "large in a later tile", dtype, K);
         test_odd_tile(dtype, K, offset, tile, 0x1p70);
       }
+    }
+    if (in_runs && dtype != DType::kFloat16 && !kForRaces && (K == 8 || K == 9)) {
+      for (const int number : {0, 5, 30}) {
+        name_case(("small or large in run " + std::to_string(number)).c_str(), dtype, K);
+        test_odd_run(dtype, K, number, 0x1p-90);
+        test_odd_run(dtype, K, number, 0x1p70);
+      }
+    }
+    if (in_runs && !kForRaces && K <= 33) {
+      name_case("the length of a run", dtype, K);
+      test_run_length(dtype, K);
     }
     if (dtype == DType::kBFloat16 || slow_double()) {
       name_case("a lone element", dtype, K);

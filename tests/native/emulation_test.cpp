@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_emulation.h"
+#include "ptx_twins.h"
 
 namespace {
 
@@ -173,6 +174,55 @@ __global__ void collectives_kernel(int* failures) {
   }
 }
 
+// A 16 x k and a k x 8 matrix as the PTX ISA deals them to the lanes of a warp for mma.m16n8k(4 n) in .f64:
+// element i of A in row g or g + 8 and column 2 i + t or 2 i - 2 + t, as i is even or odd, element i of B in
+// row 4 i + t and column g; element i of C in row g, or g + 8 from i = 2 on, and column 2 t + i % 2.
+template <int n>
+__global__ void multiply_kernel(const double* A, const double* B, double* C) {
+  constexpr int k = 4 * n;
+  const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
+  double a[2][n], b[n], c[4];
+  for (int i = 0; i < 2 * n; ++i)
+    a[i % 2][i / 2] = i % 2 == 0 ? A[g * k + 2 * i + t] : A[(g + 8) * k + 2 * i - 2 + t];
+  for (int i = 0; i < n; ++i) b[i] = B[(4 * i + t) * 8 + g];
+  const auto of_c = [&](int i) { return (i < 2 ? g : g + 8) * 8 + 2 * t + i % 2; };
+  for (int i = 0; i < 4; ++i) c[i] = C[of_c(i)];
+  if constexpr (n == 1) {
+    mtl::cuda::mma_double_eight(c[0], c[1], a[0][0], b[0]);
+    mtl::cuda::mma_double_eight(c[2], c[3], a[1][0], b[0]);
+  } else {
+    mtl::cuda::mma_double(c, a[0], a[1], b);
+  }
+  for (int i = 0; i < 4; ++i) C[of_c(i)] = c[i];
+}
+
+template <int n>
+void multiply() {
+  constexpr int k = 4 * n;
+  std::vector<double> A(16 * k), B(k * 8), C(16 * 8), expected;
+  for (std::size_t i = 0; i < A.size(); ++i) A[i] = static_cast<double>(i * i % 31);
+  for (std::size_t i = 0; i < B.size(); ++i) B[i] = static_cast<double>(i * i % 29);
+  std::iota(C.begin(), C.end(), 0.0);
+  expected = C;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j)
+      for (int p = 0; p < k; ++p) expected[i * 8 + j] += A[i * k + p] * B[p * 8 + j];
+  emulated_launch(multiply_kernel<n>, 1, 32, 0, nullptr, A.data(), B.data(), C.data());
+  expect(C == expected, "the product of two matrices");
+}
+
+__global__ void arrive_kernel(unsigned* counter, unsigned* before) {
+  before[blockIdx.x * blockDim.x + threadIdx.x] = mtl::cuda::arrive(counter);
+}
+
+void arrivals() {
+  unsigned counter = 0;
+  std::vector<unsigned> before(64);
+  emulated_launch(arrive_kernel, 2, 32, 0, nullptr, &counter, before.data());
+  std::sort(before.begin(), before.end());
+  for (unsigned i = 0; i < 64; ++i) expect(before[i] == i && counter == 64, "every arrival counts once");
+}
+
 // The bits of all float formats, and ints, in shared memory that nothing has written.
 __global__ void unwritten_kernel(int* failures) {
   __shared__ float fixed[37];
@@ -288,6 +338,10 @@ void correct_kernels() {
   reverse();
   neighbour();
   pipeline();
+  multiply<1>();
+  multiply<2>();
+  multiply<4>();
+  arrivals();
   orders();
   int failures = 0;
   emulated_launch(collectives_kernel, 2, 96, 0, nullptr, &failures);

@@ -86,6 +86,44 @@ def test_gram_tensor_uses_tensor_cores(kernels: list[Kernel]) -> None:
     assert failing(kernels, "gram_tensor", "DMMA") == []
 
 
+def test_float64_products_in_few_instructions(kernels: list[Kernel]) -> None:
+    """sm_90 takes 16 columns of 16 rows at once, or 8 where 16 bytes hold 2 elements; no other target does."""
+    on_90 = [kernel for kernel in kernels if kernel.base == "gram_tensor" and kernel.arch == 90]
+    if not on_90:
+        pytest.skip("not built for sm_90")
+    wanted = {kernel.name: "DMMA.16x8x8" if kernel.types[0] == "double" else "DMMA.16x8x16" for kernel in on_90}
+    assert [kernel.name for kernel in on_90 if kernel.count(wanted[kernel.name]) == 0] == []
+    assert [kernel.name for kernel in on_90 if kernel.body["DMMA.16x8x4"]] == []
+
+
+def test_gram_tensor_has_two_blocks(kernels: list[Kernel]) -> None:
+    """Up to 32 tasks, and up to 64 whose rows are not of 16 bits: one block converts while the other multiplies."""
+    dynamic = cuda_binary.launch_shapes()
+    chosen = [
+        kernel
+        for kernel in kernels
+        if kernel.base == "gram_tensor" and kernel.threads and kernel.arch in cuda_binary.SHARED
+        if kernel.types[1] in ("1", "2") or (kernel.types[1] == "4" and kernel.types[0] not in HALVES)
+    ]
+    few = [
+        f"{kernel.name} on sm_{kernel.arch}: {kernel.registers} registers, {kernel.stack} bytes of stack, "
+        f"{kernel.shared} + {dynamic[kernel.name]} bytes of shared memory"
+        for kernel in chosen
+        if kernel.stack or cuda_binary.blocks_at_a_time(kernel, dynamic[kernel.name]) < 2
+    ]
+    assert chosen and not few, "\n".join(few)
+
+
+def test_one_fence_an_arrival(kernels: list[Kernel]) -> None:
+    """Blocks that meet at a counter: one fence before it, none but a look past L1 behind it."""
+    for kernel in kernels:
+        if kernel.base.startswith("gram"):
+            counts = {name: kernel.called[name] for name in ("MEMBAR.ALL.GPU", "CCTL.IVALL", "MEMBAR.SC.GPU")}
+            arrivals = kernel.called["ATOMG.E.ADD.STRONG.GPU"]
+            assert arrivals > 0, kernel.name
+            assert list(counts.values()) == [arrivals, arrivals, 0], f"{kernel.name} on sm_{kernel.arch}: {counts}"
+
+
 def test_combine_moves_16_bytes(kernels: list[Kernel]) -> None:
     """Also no load or store of rows that could be of any memory."""
     assert failing(kernels, "combine_rows", "LDG.E.128") == []

@@ -1,6 +1,7 @@
 // What csrc/cuda/ptx.h does in PTX, on the host.
 #pragma once
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
@@ -36,6 +37,8 @@ void copy_wait() {
   emulation::copy_wait(kLeft);
 }
 
+inline unsigned arrive(unsigned* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL); }
+
 inline int opaque(int x) { return x; }
 
 inline void* global_memory(std::uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -46,28 +49,36 @@ inline double join_double(unsigned low, unsigned high) {
 
 // The fragments of one lane. With g = lane / 4 and t = lane % 4, C is held in rows g (c[0], c[1]) and g + 8,
 // in columns 2 t and 2 t + 1.
+template <int n>
 struct DoubleFragments {
-  double a[2], b;  // A(g, t), A(g + 8, t), B(t, g)
+  double a[2][n], b[n];  // A(g, t + 4 i), A(g + 8, t + 4 i), B(t + 4 i, g)
 };
 struct HalfFragments {
   unsigned a[4],
       b[2];  // pairs of columns 2 t, 2 t + 1 of A(g, .), A(g + 8, .), then those of 2 t + 8, 2 t + 9
 };
 
-inline void mma_double(double (&c)[4], double a0, double a1, double b) {
-  const DoubleFragments* lanes = emulation::warp_exchange(DoubleFragments{{a0, a1}, b}, "mma");
+// One column of A after the other; the hardware may add in another order.
+template <int n>
+void mma_double(double (&c)[4], const double (&a0)[n], const double (&a1)[n], const double (&b)[n]) {
+  DoubleFragments<n> mine;
+  std::copy_n(a0, n, mine.a[0]);
+  std::copy_n(a1, n, mine.a[1]);
+  std::copy_n(b, n, mine.b);
+  const DoubleFragments<n>* lanes = emulation::warp_exchange(mine, "mma");
   const int lane = emulation::lane();
   for (int i = 0; i < 4; ++i) {
     const int column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 4; ++k) c[i] += lanes[lane / 4 * 4 + k].a[i / 2] * lanes[column * 4 + k].b;
+    for (int k = 0; k < 4 * n; ++k)
+      c[i] += lanes[lane / 4 * 4 + k % 4].a[i / 2][k / 4] * lanes[column * 4 + k % 4].b[k / 4];
   }
 }
 
-inline void mma_double_lower(double& c0, double& c1, double a1, double b) {
-  double c[4] = {0.0, 0.0, c0, c1};
-  mma_double(c, 0.0, a1, b);
-  c0 = c[2];
-  c1 = c[3];
+inline void mma_double_eight(double& c0, double& c1, double a, double b) {
+  double c[4] = {c0, c1, 0.0, 0.0};
+  mma_double<1>(c, {a}, {0.0}, {b});
+  c0 = c[0];
+  c1 = c[1];
 }
 
 // The tensor cores add exact products and cut the sum off toward zero; here once for all 16.
