@@ -1,39 +1,74 @@
-"""A run on one device: what was measured so far and what was not, until the time is up."""
+"""A run on one device: what was measured so far and what was not, until the time is up.
+
+A `Bench` measures, in a process that a kernel may take down; a `Record` keeps its rows, in the process that stays.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .device import Call, Device
+from .isolate import Attempts
 from .plan import Case
 from .providers import backend_of
-from .results import OURS, Row, write_csv
+from .results import OURS, Row, compare, write_csv
 from .timing import Timing
 
 _WALK = 2e-3
 """Seconds that a sequence of calls lasts at the least, so that starting it does not show."""
 _LONGEST_WALK = 0.2
+_PIECE = 45.0
+"""Seconds that one provider may take on one case."""
+
+Size = tuple[int, int, torch.dtype]
+"""K, N, dtype."""
 
 
-class Bench:
-    """Rows of the CSV, written as they come."""
+class Piece(NamedTuple):
+    """What is tried at once: a provider on a case, or without a provider all of the case."""
 
-    def __init__(self, where: Device, seconds: float, repeats: int, path: Path, facts: dict[str, str | int]) -> None:
-        self.where = where
-        self.deadline = time.monotonic() + seconds
-        self.repeats = repeats
-        self.path = path
-        self.facts = facts
-        self.rows: list[Row] = []
-        self.too_large: set[tuple[int, int, torch.dtype]] = set()
-        """Sizes (K, N, dtype) that this device has not the memory for."""
+    case: Case
+    provider: str = ""
+    batch: int | None = None
+
+    def like(self, other: Piece) -> bool:
+        """Whether both launch the same kernel, at any number of columns."""
+        mine, others = self.case, other.case
+        same = (mine.kernel, mine.num_tasks, mine.dtype) == (others.kernel, others.num_tasks, others.dtype)
+        return same and self.provider == other.provider != ""
+
+
+@dataclass
+class Record:
+    """Rows of the CSV ``folder``/MACHINE.csv, written as they come."""
+
+    folder: Path
+    facts: dict[str, str | int] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    too_large: set[Size] = field(default_factory=set)
+    """Sizes that this device has not the memory for."""
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.facts.get('machine', 'unknown')}.csv"
+
+    def take(self, what: str, value: object) -> None:
+        """What a `Bench` sends."""
+        if what == "facts" and isinstance(value, dict):
+            self.facts = value
+        elif what == "rows" and isinstance(value, list):
+            self.add(value)
+        elif what == "too large" and isinstance(value, tuple):
+            self.too_large.add(value)
 
     def add(self, rows: list[Row]) -> None:
-        """Keeps rows, and writes all there are: what was measured survives whatever ends the run."""
         for row in rows:
             for name, value in self.facts.items():
                 setattr(row, name, value)
@@ -41,22 +76,53 @@ class Bench:
         write_csv(rows, self.path, append=bool(self.rows))
         self.rows += rows
 
-    def late(self, case: Case, batch: int | None = None) -> bool:
-        """Whether the time is up, noting what is left out for it."""
-        if time.monotonic() < self.deadline:
-            return False
-        self.note("left out", case, "no time left", batch=batch)
-        return True
+    def lose(self, piece: object, reason: str) -> None:
+        """Notes a piece that took its process down."""
+        if isinstance(piece, Piece):
+            note = f"{reason}; its process was lost"
+            self.add([untimed(piece.case, piece.provider or OURS, "failed", piece.batch, note)])
 
-    def note(self, what: str, case: Case, why: str, provider: str = OURS, batch: int | None = None) -> None:
-        """A row without a time: something was left out, failed or is missing."""
-        self.add([untimed(case, provider, what, batch, why)])
+    def noted(self, *measures: str) -> list[Row]:
+        return [row for row in self.rows if row.measure in measures]
 
-    def fail(self, case: Case, error: Exception, provider: str = OURS, batch: int | None = None) -> None:
-        """Notes a failure and goes on, unless the device is beyond use."""
-        text = str(error).splitlines()[0] if str(error) else ""
-        self.note("failed", case, f"{type(error).__name__}: {text}", provider, batch)
-        self.where.synchronize()
+
+class Bench:
+    """Tries the pieces of the plan on one device, and sends what comes of them."""
+
+    def __init__(
+        self, where: Device, attempts: Attempts, deadline: float, repeats: int, rows: Sequence[Row] = ()
+    ) -> None:
+        self.where = where
+        self.attempts = attempts
+        self.deadline = deadline
+        self.repeats = repeats
+        self.rows = list(rows)
+        """Of the processes before this one as well."""
+        attempts.wait = where.synchronize
+
+    def attempt(self, piece: Piece, work: Callable[[], object], seconds: float = _PIECE) -> None:
+        """Runs a piece unless it was tried or the time is up; one that fails is noted."""
+        if piece in self.attempts.ended:
+            return
+        if time.monotonic() >= self.deadline:
+            self.note("left out", piece, "no time left")
+        elif any(isinstance(lost, Piece) and piece.like(lost) for lost in self.attempts.lost):
+            self.note("left out", piece, "its process was lost at another size")
+        elif why := self.attempts.attempt(piece, work, seconds):
+            self.note("failed", piece, why)
+
+    def add(self, rows: list[Row]) -> None:
+        """Sends rows of one case, compared with what there is of it."""
+        compare([*filter(rows[0].same_case, self.rows), *rows])
+        self.rows += rows
+        self.attempts.send("rows", rows)
+
+    def note(self, what: str, piece: Piece, why: str) -> None:
+        """A row without a time: something was left out or failed."""
+        self.add([untimed(piece.case, piece.provider or OURS, what, piece.batch, why)])
+
+    def too_large(self, size: Size) -> None:
+        self.attempts.send("too large", size)
 
     def timed(self, case: Case, provider: str, timing: Timing, measure: str, batch: int | None = None) -> Row:
         """A row with a time, not yet judged."""
@@ -66,9 +132,6 @@ class Bench:
         if row.backend == "triton" and measure == "graph":
             row.note = "with copies of tables to the device, which every replay makes again"
         return row
-
-    def noted(self, *measures: str) -> list[Row]:
-        return [row for row in self.rows if row.measure in measures]
 
     def kernel_time(self, calls: list[Call]) -> tuple[Timing, str]:
         """The time of the calls in turn; of fewer of them the slower they are."""

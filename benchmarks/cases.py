@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 import mtl_kernels as mk
 
 from . import checks
-from .bench import Bench
+from .bench import Bench, Piece
 from .device import Call, Device
 from .plan import Case, gpu_budget, gpu_kernels
 from .providers import (
@@ -25,7 +25,7 @@ from .providers import (
     solver_error,
     solver_limit,
 )
-from .results import Row, compare, judge
+from .results import Row, judge
 from .timing import Timing
 
 _LAUNCHES = 64
@@ -35,6 +35,8 @@ _PIECE_BYTES = 4 << 30
 _RESERVE = 4 << 30
 _HOST_COLUMNS = 1_000_000
 _HOST_SECONDS = 0.05
+_KERNEL = 120.0
+"""Seconds that all providers of a kernel may take on one case, a process lost in between aside."""
 
 
 def make_inputs(num_tasks: int, num_columns: int, dtype: torch.dtype, sets: int, where: Device) -> list[Inputs]:
@@ -77,7 +79,9 @@ def copy_seconds(bench: Bench, inputs: list[Inputs], launches: int) -> float:
 
     calls: list[Call] = [functools.partial(copy, i % len(inputs)) for i in range(launches)]
     timing, how = bench.kernel_time(calls)
-    bench.add([bench.timed(Case("copy", num_tasks, num_columns, dtype), "torch copy_", timing, how)])
+    row = bench.timed(Case("copy", num_tasks, num_columns, dtype), "torch copy_", timing, how)
+    if not any(map(row.same_case, bench.rows)):  # by a process before this one
+        bench.add([row])
     return timing.median
 
 
@@ -89,24 +93,25 @@ def measure_rows(bench: Bench, num_tasks: int, num_columns: int, dtype: torch.dt
     needed = needed_bytes(size, sets)
     if bench.where.device.type == "cuda" and needed > (free := bench.where.free_bytes()):
         if needed > bench.where.memory_bytes:
-            bench.too_large.add((num_tasks, num_columns, dtype))
-        bench.note("left out", size, f"needs {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
+            bench.too_large((num_tasks, num_columns, dtype))
+        bench.note("left out", Piece(size), f"needs {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
         return
     inputs = make_inputs(num_tasks, num_columns, dtype, sets, bench.where)
     exact = checks.exact_gram(inputs[0].rows)
     copy = copy_seconds(bench, inputs, launches)
     for kernel in gpu_kernels(num_columns):
         case = Case(kernel, num_tasks, num_columns, dtype)
-        if bench.late(case):
-            continue
-        found: list[Row] = []
-        for provider in providers(case, exact, bench.where.device):
-            try:
-                found += measure_provider(bench, case, provider, inputs, launches, copy)
-            except Exception as error:
-                bench.fail(case, error, provider.name)
-        compare(found)
-        bench.add(found)
+        work = functools.partial(measure_kernel, bench, case, inputs, exact, launches, copy)
+        bench.attempt(Piece(case), work, _KERNEL)
+
+
+def measure_kernel(
+    bench: Bench, case: Case, inputs: list[Inputs], exact: Tensor, launches: int, copy: float
+) -> None:  # fmt: skip
+    """All providers of a kernel."""
+    for provider in providers(case, exact, bench.where.device):
+        work = functools.partial(measure_provider, bench, case, provider, inputs, launches, copy)
+        bench.attempt(Piece(case, provider.name), work)
 
 
 def measure_provider(
@@ -132,7 +137,8 @@ def measure_provider(
         rows[0].denominator = "copy_ of as many bytes"
         rows[0].denominator_us = copy * 1e6 * moved_bytes(case) / case.row_bytes
     for row in rows:
-        judge(row, error, provider.limit, gpu_budget(case, row.measure), budget_in_us=row.measure == "latency")
+        judge(row, error, provider.limit, gpu_budget(case, row.measure), budget_in_us=case.kernel in STEPS)
+    bench.add(rows)
     return rows
 
 
@@ -151,33 +157,37 @@ def solver_gram(num_tasks: int, batch: int, where: Device) -> Tensor:
 
 
 def measure_solver(bench: Bench, kernel: str, num_tasks: int, batch: int) -> None:
-    """All providers of a solver on one batch; the first and the last problem are checked."""
+    """All providers of a solver on one batch."""
     case = Case(kernel, num_tasks, 0, torch.float64)
     gram, rng = solver_gram(num_tasks, batch, bench.where), mk.rng_state(1, device=bench.where.device)
-    found: list[Row] = []
     for name, (call, weigh, capturable) in solver_calls(kernel, gram, rng).items():
-        try:
-            # TorchJD draws orders of its own: only what it minimises can be checked.
-            checked = not (name == "torchjd" and kernel == "pcgrad")
-            errors = [
-                solver_error(kernel, weights, matrix, rng, problem)
-                for problem, weights, matrix in _ends(weigh(), gram)
-                if checked
-            ]
-            timings = [bench.kernel_time([call] * _LAUNCHES)] if capturable else []
-            once = timings[0][0].median if timings else bench.where.once(call)
-            repeats = host_repeats(bench, once)
-            timings += [(bench.where.call_time(call, repeats), "call")] if capturable else []
-            timings.append((bench.where.latency(call, repeats), "latency"))
-            rows = [bench.timed(case, name, timing, how, batch) for timing, how in timings]
-            for row in rows:
-                if checked:
-                    judge(row, max(errors), solver_limit(kernel), None, budget_in_us=True)
-            found += rows
-        except Exception as error:
-            bench.fail(case, error, name, batch)
-    compare(found)
-    bench.add(found)
+        work = functools.partial(measure_solver_of, bench, case, batch, name, gram, rng, call, weigh, capturable)
+        bench.attempt(Piece(case, name, batch), work)
+
+
+def measure_solver_of(
+    bench: Bench, case: Case, batch: int, name: str, gram: Tensor, rng: Tensor, call: Call,
+    weigh: Callable[[], Tensor], capturable: bool,
+) -> None:  # fmt: skip
+    """One provider of a solver; the first and the last problem are checked."""
+    kernel = case.kernel
+    # TorchJD draws orders of its own: only what it minimises can be checked.
+    checked = not (name == "torchjd" and kernel == "pcgrad")
+    errors = [
+        solver_error(kernel, weights, matrix, rng, problem)
+        for problem, weights, matrix in _ends(weigh(), gram)
+        if checked
+    ]
+    timings = [bench.kernel_time([call] * _LAUNCHES)] if capturable else []
+    once = timings[0][0].median if timings else bench.where.once(call)
+    repeats = host_repeats(bench, once)
+    timings += [(bench.where.call_time(call, repeats), "call")] if capturable else []
+    timings.append((bench.where.latency(call, repeats), "latency"))
+    rows = [bench.timed(case, name, timing, how, batch) for timing, how in timings]
+    for row in rows:
+        if checked:
+            judge(row, max(errors), solver_limit(kernel), None, budget_in_us=True)
+    bench.add(rows)
 
 
 def _ends(weights: Tensor, gram: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -17,7 +17,7 @@ if not __package__:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import mtl_kernels as mk
-from benchmarks import device
+from benchmarks import device, isolate
 from benchmarks.bench import Bench, untimed
 from benchmarks.cases import make_inputs
 from benchmarks.device import Call, Device
@@ -28,7 +28,8 @@ from benchmarks.results import OURS
 MOST_KERNELS = {"gram": 1, "combine": 1, "pcgrad_step": 2, "mgda_step": 2}
 """What is kept within a number of launches, and waits for nothing."""
 
-_SECONDS = 60
+SECONDS = 60
+_FAILED = "counting"
 
 
 def counted_calls(where: Device) -> dict[str, Call]:
@@ -58,15 +59,12 @@ def case_of(kernel: str) -> Case:
 def measure_counts(bench: Bench) -> None:
     """Rows of what a process of its own counts."""
     command = [sys.executable, str(Path(__file__).resolve()), "--device", bench.where.device.type]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        bench.fail(case_of("count"), error)
-        return
-    if done.returncode != 0:
-        bench.fail(case_of("count"), RuntimeError((done.stderr.strip() or "no output").splitlines()[-1]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     for found in map(json.loads, filter(lambda text: text.startswith("{"), done.stdout.splitlines())):
         add_counts(bench, **found)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["no output"]
+        raise RuntimeError("; ".join([text for text in said if text.startswith(_FAILED)] or said[-1:]))
 
 
 def add_counts(bench: Bench, kernel: str, kernels: int, copies: int, syncs: int) -> None:
@@ -88,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             counts = where.count(call)
         except Exception as error:
             failed = True
-            print(f"counting {kernel}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{_FAILED} {kernel}: {isolate.said(error)}", file=sys.stderr)
             continue
         if counts is not None:
             found = {"kernel": kernel, "kernels": counts.kernels, "copies": counts.copies, "syncs": counts.syncs}

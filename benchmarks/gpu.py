@@ -13,7 +13,8 @@ Protocol
 
 Every result is first checked against float64. For one that fails, no ratio is computed, stored or printed. The run
 fails where one of ours is wrong, where one that has a budget is missing, and where it was not the CUDA kernels that
-ran. The same program runs on a CPU (--device cpu) to be tested there; what it measures there is of no interest.
+ran. A case that takes its process down, or does not end, is noted as failed, and a new process goes on behind it. The
+same program runs on a CPU (--device cpu) to be tested there; what it measures there is of no interest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,73 +33,75 @@ if not __package__:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import mtl_kernels as mk
-from benchmarks import device, plots
-from benchmarks.bench import Bench, line
+from benchmarks import counts, device, isolate, plots
+from benchmarks.bench import Bench, Piece, Record, Size, line, untimed
 from benchmarks.cases import measure_rows, measure_solver
-from benchmarks.counts import MOST_KERNELS, case_of, measure_counts
 from benchmarks.plan import GPU_BATCHES, GPU_TASKS, Case, gpu_expected, gpu_plan, has_budget
-from benchmarks.providers import SOLVERS, backend_of
+from benchmarks.providers import SOLVERS
 from benchmarks.results import OURS, Row, environment, show
 
 UNTIMED = ("count", "left out", "failed", "missing")
 
-
-def measure(bench: Bench, case: Case, step: Callable[[], None], batch: int | None = None) -> None:
-    """Runs a step of the plan unless the time is up; one that fails is noted."""
-    if bench.late(case, batch):
-        return
-    try:
-        step()
-    except Exception as error:
-        bench.fail(case, error, batch=batch)
+_SIZE = 200.0
+"""Seconds that all kernels at one size, or all providers of a solver, may take."""
 
 
-def measure_all(bench: Bench, sizes: Sequence[tuple[int, int, torch.dtype]], tasks: Sequence[int]) -> None:
+def work(attempts: isolate.Attempts, options: argparse.Namespace, deadline: float, rows: Sequence[Row]) -> None:
+    """Measures what was not tried yet, in a process that may be lost; ``rows`` are those of the processes before."""
+    where = device.find(options.device)
+    attempts.send("facts", environment(options.machine, where.name))
+    print(mk.show_config(), f"device: {where.name}, cache {where.cache_bytes / 1e6:.0f} MB", sep="\n", flush=True)
+    measure_all(Bench(where, attempts, deadline, options.repeats, rows), sizes_of(options), options.tasks)
+
+
+def sizes_of(options: argparse.Namespace) -> list[Size]:
+    return [rows for rows in gpu_plan(int(options.max_elements)) if rows[0] in options.tasks]
+
+
+def measure_all(bench: Bench, sizes: Sequence[Size], tasks: Sequence[int]) -> None:
     """The sizes with a budget, the launches, the solvers, and then the other sizes."""
 
-    def measure_sizes(chosen: Iterable[tuple[int, int, torch.dtype]]) -> None:
+    def measure_sizes(chosen: Iterable[Size]) -> None:
         for rows in chosen:
-            measure(bench, Case("all", *rows), functools.partial(measure_rows, bench, *rows))
+            bench.attempt(Piece(Case("all", *rows)), functools.partial(measure_rows, bench, *rows), _SIZE)
 
     measure_sizes(filter(has_budget, sizes))
-    measure(bench, case_of("count"), functools.partial(measure_counts, bench))
+    count = functools.partial(counts.measure_counts, bench)
+    bench.attempt(Piece(counts.case_of("count")), count, 1.5 * counts.SECONDS)
     for kernel, num_tasks, batch in itertools.product(SOLVERS, tasks, GPU_BATCHES):
         step = functools.partial(measure_solver, bench, kernel, num_tasks, batch)
-        measure(bench, Case(kernel, num_tasks, 0, torch.float64), step, batch)
+        bench.attempt(Piece(Case(kernel, num_tasks, 0, torch.float64), batch=batch), step, _SIZE)
     measure_sizes(itertools.filterfalse(has_budget, sizes))
 
 
-def note_missing(bench: Bench, sizes: Sequence[tuple[int, int, torch.dtype]]) -> None:
+def note_missing(record: Record, sizes: Sequence[Size], on_gpu: bool) -> None:
     """Notes what has a budget and was not measured, though the device has the memory for it."""
     found = {
         (row.kernel, row.K, row.N, row.dtype, _what(row))
-        for row in bench.rows
+        for row in record.rows
         if row.provider == OURS and row.measure not in UNTIMED[1:]
     }
-    for case, what in _expected(bench, sizes):
+    expected = list(gpu_expected([rows for rows in sizes if rows not in record.too_large]))
+    if on_gpu:  # elsewhere there is nothing to count
+        expected += [(counts.case_of(kernel), "count") for kernel in counts.MOST_KERNELS]
+    for case, what in expected:
         dtype = str(case.dtype).removeprefix("torch.")
         if (case.kernel, case.num_tasks, case.num_columns, dtype, what) not in found:
-            bench.note("missing", case, f"its {what} has a budget")
-
-
-def _expected(bench: Bench, sizes: Sequence[tuple[int, int, torch.dtype]]) -> Iterator[tuple[Case, str]]:
-    yield from gpu_expected([rows for rows in sizes if rows not in bench.too_large])
-    if bench.where.device.type == "cuda":  # elsewhere there is nothing to count
-        yield from ((case_of(kernel), "count") for kernel in MOST_KERNELS)
+            record.add([untimed(case, OURS, "missing", note=f"its {what} has a budget")])
 
 
 def _what(row: Row) -> str:
     return "kernel" if row.measure in ("graph", "events", "clock") else row.measure
 
 
-def faults(bench: Bench) -> list[str]:
+def faults(rows: Sequence[Row], on_gpu: bool) -> list[str]:
     """Why the run must not pass; a missed budget is a result, not a fault."""
-    ours = [row for row in bench.rows if row.provider.startswith(OURS)]
+    ours = [row for row in rows if row.provider.startswith(OURS)]
     found = [line(row) for row in ours if row.correct is False or row.measure in ("failed", "missing")]
-    chosen = backend_of(OURS, bench.where.device)
-    if bench.where.device.type == "cuda" and chosen != "cuda":
+    others = {row.backend for row in ours if row.provider == OURS} - {"", "cuda"}
+    if on_gpu and others:
         reason = mk.available_backends()["cuda"]
-        found.insert(0, f"what ran on the GPU is the backend {chosen!r}, not 'cuda': {reason}")
+        found.insert(0, f"what ran on the GPU is the backend {', '.join(sorted(others))}, not cuda: {reason}")
     return found
 
 
@@ -136,36 +139,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, work: isolate.Work = work) -> int:
     """Measures, writes the CSV and the picture, prints the table; 1 with a fault."""
     begin = time.monotonic()
     options = parse(arguments)
-    where = device.find(options.device)
-    facts = environment(options.machine, where.name)
-    path = options.output / f"{facts['machine']}.csv"
-    print(mk.show_config(), f"device: {where.name}, cache {where.cache_bytes / 1e6:.0f} MB", sep="\n", flush=True)
-    bench = Bench(where, options.seconds, options.repeats, path, facts)
-    sizes = [rows for rows in gpu_plan(int(options.max_elements)) if rows[0] in options.tasks]
-    stopped = ""
+    record, on_gpu, stopped = Record(options.output), options.device == "cuda", ""
+    given = (options, begin + options.seconds, record.rows)
     try:
-        measure_all(bench, sizes, options.tasks)
+        stopped = isolate.run(work, given, record.take, record.lose)
     except KeyboardInterrupt:
-        stopped = "interrupted"
-    except Exception as error:  # the device is beyond use; what was measured before is not
-        stopped = f"{type(error).__name__}: {error}"
-    if stopped:
-        print(f"stopped: {stopped}", flush=True)
-    note_missing(bench, sizes)
-    show(headline(bench.rows))
-    if plots.roofline(bench.rows, path.with_suffix(".png"), ("float32", "bfloat16")):
-        print(f"picture: {path.with_suffix('.png')}")
-    wrong = faults(bench) + ([f"stopped: {stopped}"] if stopped and stopped != "interrupted" else [])
-    missed = [row for row in bench.rows if row.within_budget is False]
+        print("interrupted", flush=True)
+    note_missing(record, sizes_of(options), on_gpu)
+    show(headline(record.rows))
+    picture = record.path.with_suffix(".png")
+    if plots.roofline(record.rows, picture, ("float32", "bfloat16")):
+        print(f"picture: {picture}")
+    wrong = faults(record.rows, on_gpu) + ([f"stopped: {stopped}"] if stopped else [])
+    missed = [row for row in record.rows if row.within_budget is False]
     for text in (*(f"budget missed: {line(row)}" for row in missed), *(f"FAULT: {text}" for text in wrong)):
         print(text)
-    print(f"{len(bench.rows)} rows in {time.monotonic() - begin:.0f} s: {path}; "
-          f"left out: {len(bench.noted('left out'))}; failures: {len(bench.noted('failed'))}; "
-          f"budgets: {sum(row.within_budget is True for row in bench.rows)} kept, {len(missed)} missed; "
+    print(f"{len(record.rows)} rows in {time.monotonic() - begin:.0f} s: {record.path}; "
+          f"left out: {len(record.noted('left out'))}; failures: {len(record.noted('failed'))}; "
+          f"budgets: {sum(row.within_budget is True for row in record.rows)} kept, {len(missed)} missed; "
           f"faults: {len(wrong)}")  # fmt: skip
     return 1 if wrong else 0
 

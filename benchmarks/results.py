@@ -68,6 +68,11 @@ class Row:
         """Bytes of all rows."""
         return self.K * self.N * int(getattr(torch, self.dtype).itemsize)
 
+    def same_case(self, other: Row) -> bool:
+        """Whether both are of one kernel on the same input."""
+        mine = (self.kernel, self.K, self.N, self.dtype, self.batch)
+        return mine == (other.kernel, other.K, other.N, other.dtype, other.batch)
+
 
 def judge(row: Row, error: float, limit: float, budget: float | None, budget_in_us: bool) -> Row:
     """Fills in correctness and, only where the result is right, the ratio to the floor and the verdict."""

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import gc
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 import mtl_kernels as mk
 from benchmarks import cases, checks, counts, device, gpu, results, steps
-from benchmarks.bench import Bench
+from benchmarks.bench import Bench, Record
 from benchmarks.device import Counts, Host, counts_of, repeats_for
+from benchmarks.isolate import Attempts
 from benchmarks.plan import (
     GPU_KERNELS,
     GPU_TASKS,
@@ -30,8 +32,15 @@ from mtl_optim import PCGrad
 CPU = torch.device("cpu")
 
 
-def bench(tmp_path: Path, seconds: float = 60.0) -> Bench:
-    return Bench(Host(), seconds, 2, tmp_path / "x.csv", results.environment("here"))
+class Run(Bench):
+    """A bench in the process that keeps the rows."""
+
+    def __init__(self, tmp_path: Path, seconds: float = 60.0) -> None:
+        self.record = Record(tmp_path, results.environment("here"))
+        super().__init__(Host(), Attempts(self.record.take), time.monotonic() + seconds, 2)
+
+    def noted(self, *measures: str) -> list[Row]:
+        return self.record.noted(*measures)
 
 
 def stored(path: Path) -> list[dict[str, str]]:
@@ -53,7 +62,8 @@ def test_the_plan_covers_every_size() -> None:
 
 def test_what_must_not_be_missing() -> None:
     found = {(case.kernel, what) for case, what in gpu_expected([(8, 10**8, torch.float32), (8, 10**4, torch.float32)])}
-    assert found == {("gram", "kernel"), ("combine", "kernel"), ("pcgrad_step", "latency"), ("mgda_step", "latency")}
+    steps = {(step, what) for step in ("pcgrad_step", "mgda_step") for what in ("kernel", "latency")}
+    assert found == {("gram", "kernel"), ("combine", "kernel"), *steps}
     assert not list(gpu_expected([(8, 10**6, torch.float32), (128, 10**8, torch.float32)]))
 
 
@@ -77,7 +87,8 @@ def test_budgets_are_shares_of_a_copy(num_tasks: int, share: float | None) -> No
         found = gpu_budget(Case(kernel, num_tasks, 100_000_000, torch.bfloat16), "graph")
         assert found == (None if share is None else pytest.approx(1 / share))
         assert gpu_budget(Case(kernel, num_tasks, 1_000_000, torch.bfloat16), "graph") is None
-    assert gpu_budget(Case("pcgrad_step", num_tasks, 10_000, torch.float32), "latency") == 30
+    step = Case("pcgrad_step", num_tasks, 10_000, torch.float32)
+    assert [gpu_budget(step, measure) for measure in ("graph", "call", "latency")] == [30, None, 60]
 
 
 def test_the_exact_gram_of_any_shape() -> None:
@@ -95,7 +106,7 @@ def test_every_provider_is_right_and_a_wrong_one_is_seen(kernel: str, dtype: tor
     found = providers(case, exact, torch.device("cpu"))
     assert found[0].name == OURS and len({provider.name for provider in found}) == len(found)
     for provider in found:
-        rows = cases.measure_provider(bench(tmp_path), case, provider, inputs, 3, 1e-6)
+        rows = cases.measure_provider(Run(tmp_path), case, provider, inputs, 3, 1e-6)
         assert all(row.correct for row in rows), f"{provider.name}: {rows[0].error}"
         if provider.capturable:
             assert rows[0].ratio and rows[0].gb_per_s
@@ -104,7 +115,7 @@ def test_every_provider_is_right_and_a_wrong_one_is_seen(kernel: str, dtype: tor
         assert all(bool(row.backend) == provider.name.startswith(OURS) for row in rows)
     right = found[0]
     wrong = Provider("wrong", right.make, lambda _: math.nan, right.limit)
-    rows = cases.measure_provider(bench(tmp_path), case, wrong, inputs, 3, 1e-6)
+    rows = cases.measure_provider(Run(tmp_path), case, wrong, inputs, 3, 1e-6)
     assert not any(row.correct or row.ratio for row in rows)
 
 
@@ -119,7 +130,7 @@ def test_an_output_that_was_not_written_is_seen() -> None:
 
 @pytest.mark.parametrize("kernel", SOLVERS)
 def test_solvers(kernel: str, tmp_path: Path) -> None:
-    one = bench(tmp_path)
+    one = Run(tmp_path)
     for batch in (1, 3):
         cases.measure_solver(one, kernel, 4, batch)
     ours = [row for row in one.rows if row.provider == OURS]
@@ -133,13 +144,14 @@ def test_a_failing_provider_leaves_the_others(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(mk, "gram", no_gram)
     monkeypatch.setattr(cases, "gpu_kernels", lambda _: ("gram",))
-    one = bench(tmp_path)
+    one = Run(tmp_path)
     cases.measure_rows(one, 2, 20_000, torch.float32)
     failed = one.noted("failed")
     assert failed[0].provider == OURS and failed[0].note == "RuntimeError: out of order"
     assert {row.provider for row in one.rows} >= {"torch copy_", "torch.mm"}
-    assert any("out of order" in fault for fault in gpu.faults(one))
-    assert any(row["note"] == "RuntimeError: out of order" and not row["median_us"] for row in stored(one.path))
+    assert any("out of order" in fault for fault in gpu.faults(one.rows, on_gpu=False))
+    rows = stored(one.record.path)
+    assert any(row["note"] == "RuntimeError: out of order" and not row["median_us"] for row in rows)
 
 
 def test_no_memory_for_a_size_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,29 +163,29 @@ def test_no_memory_for_a_size_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     done: list[int] = []
     monkeypatch.setattr(gpu, "measure_rows", full)
     monkeypatch.setattr(gpu, "SOLVERS", {})
-    one = bench(tmp_path)
+    one = Run(tmp_path)
     gpu.measure_all(one, [(2, 10**8, torch.float32), (2, 10**6, torch.float32)], [2])
     assert done == [10**6] and "out of memory" in one.noted("failed")[0].note
-    gpu.note_missing(one, [(2, 10**8, torch.float32)])
+    gpu.note_missing(one.record, [(2, 10**8, torch.float32)], on_gpu=False)
     assert {row.kernel for row in one.noted("missing")} == {"gram", "combine"}
-    one.too_large.add((2, 10**8, torch.float32))
-    one.rows.clear()
-    gpu.note_missing(one, [(2, 10**8, torch.float32)])
-    assert not one.rows, "what the device has no memory for is left out, not missing"
+    one.record.too_large.add((2, 10**8, torch.float32))
+    one.record.rows.clear()
+    gpu.note_missing(one.record, [(2, 10**8, torch.float32)], on_gpu=False)
+    assert not one.record.rows, "what the device has no memory for is left out, not missing"
 
 
 @pytest.mark.parametrize("total", [1 << 30, 80 << 30])
 def test_memory_that_something_holds_is_no_excuse(tmp_path: Path, total: int) -> None:
-    one = bench(tmp_path)
+    one = Run(tmp_path)
     names = {"device": torch.device("cuda"), "memory_bytes": total, "free_bytes": lambda self: 1 << 29}
     one.where = type("Gpu", (Host,), names)()
     cases.measure_rows(one, 2, 10**8, torch.float32)
     assert one.noted("left out")[0].note.endswith("GB are free")
-    assert bool(one.too_large) == (total == 1 << 30)
+    assert bool(one.record.too_large) == (total == 1 << 30)
 
 
 def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path) -> None:
-    one = bench(tmp_path, seconds=0)
+    one = Run(tmp_path, seconds=0)
     cases.measure_rows(one, 2, 20_000, torch.float32)
     assert one.rows[0].provider == "torch copy_"
     left_out = one.noted("left out")
@@ -191,14 +203,14 @@ def test_times_of_different_kinds_are_not_compared() -> None:
 
 def test_the_published_loops_are_compared_by_their_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "gpu_kernels", lambda _: ("pcgrad_step", "mgda_step"))
-    one = bench(tmp_path)
+    one = Run(tmp_path)
     cases.measure_rows(one, 2, 2_000_000, torch.float32)
     loops = [row for row in one.rows if row.provider in ("torch PCGrad loop", "torch frank_wolfe loop")]
     assert len(loops) == 2 and all(row.measure == "latency" and row.times_ours for row in loops)
 
 
 def test_a_whole_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--device", "cpu", "--tasks", "2", "--max-elements", "2e4", "--repeats", "1", "--seconds", "3"]
+    arguments = ["--device", "cpu", "--tasks", "2", "--max-elements", "2e4", "--repeats", "1", "--seconds", "30"]
     assert gpu.main([*arguments, "--output", str(tmp_path), "--machine", "here"]) == 0
     found = stored(tmp_path / "here.csv")
     assert {row["kernel"] for row in found} >= {"copy", "gram"}
@@ -208,17 +220,21 @@ def test_a_whole_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "of copy" in capsys.readouterr().out
 
 
-def test_what_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = bench(tmp_path)
-    for name, correct in ((OURS, True), (f"{OURS} triton", True), ("torch.mm", False)):
-        one.rows.append(Row("gram", name, 2, 10, "float32", 1.0, 1.0, 1.0, measure="graph", correct=correct, error=1.0))
-    one.rows[0].within_budget = False
-    assert not gpu.faults(one), "neither torch's errors nor a budget that is missed"
-    one.rows[1].correct = False
-    assert len(gpu.faults(one)) == 1, "every backend of ours"
-    one.where = type("Gpu", (Host,), {"device": torch.device("cuda")})()
-    monkeypatch.setattr(gpu, "backend_of", lambda provider, device: "triton")
-    assert "the backend 'triton', not 'cuda'" in gpu.faults(one)[0]
+def test_what_fails_the_run() -> None:
+    rows = [
+        Row("gram", name, 2, 10, "float32", 1.0, 1.0, 1.0, measure="graph", correct=correct, error=1.0, backend=backend)
+        for name, correct, backend in (
+            (OURS, True, "cuda"),
+            (f"{OURS} triton", True, "triton"),
+            ("torch.mm", False, ""),
+        )
+    ]
+    rows[0].within_budget = False
+    assert not gpu.faults(rows, on_gpu=True), "neither torch's errors nor a budget that is missed"
+    rows[1].correct = False
+    assert len(gpu.faults(rows, on_gpu=True)) == 1, "every backend of ours"
+    rows[0].backend = "triton"
+    assert "the backend triton, not cuda" in gpu.faults(rows, on_gpu=True)[0]
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,15 +337,15 @@ def test_the_calls_that_are_counted_run() -> None:
 
 
 def test_counts_come_from_a_process_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = bench(tmp_path)
+    one = Run(tmp_path)
     counts.measure_counts(one)
     assert not one.rows, "on a CPU there is nothing to count, and nothing fails"
     counts.add_counts(one, "gram", kernels=1, copies=0, syncs=0)
     counts.add_counts(one, "combine", kernels=1, copies=0, syncs=1)
     assert [row.within_budget for row in one.rows] == [True, False]
     monkeypatch.setattr(counts.sys, "executable", "/bin/false")
-    counts.measure_counts(one)
-    assert one.rows[-1].measure == "failed"
+    with pytest.raises(RuntimeError, match="no output"):
+        counts.measure_counts(one)
 
 
 def test_the_steps_of_a_workload_are_counted() -> None:
