@@ -1,8 +1,8 @@
 """Builds, measures and tests on a GPU, stage by stage, and leaves one folder with the results: ``make gpu OUT=dir``.
 
 Every stage has a time limit of its own and all of them share one; a stage that fails or is late is recorded and the
-others go on. Its output goes to the terminal and to gpu.log line by line, and summary.md is written anew after every
-stage, so that whatever ends the run loses nothing. The status is that of the worst stage.
+others go on. Its output goes to the terminal and to gpu.log line by line, and summary.md and junit.xml are written anew
+after every stage, so that whatever ends the run loses nothing. The status is that of the worst stage.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -22,9 +23,10 @@ from pathlib import Path
 if not __package__:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.junit import merge_junit
 from benchmarks.provenance import commit
 from benchmarks.runner import Log, run_all, stoppable
-from benchmarks.stages import SECONDS, Stage, stages
+from benchmarks.stages import SECONDS, Plan, Stage
 from benchmarks.summary import summary
 
 _QUESTIONS = (
@@ -61,6 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for at most eight files")
     parser.add_argument("--stages", nargs="+", metavar="STAGE", help="only these, by the first word or more of a name")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all stages (default: {SECONDS:.0f})")
+    parser.add_argument("--dry-run", action="store_true", help="without a GPU: few and small cases on the CPU")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     return parser.parse_args(arguments)
 
@@ -70,20 +73,31 @@ def main(arguments: list[str] | None = None, planned: Sequence[Stage] | None = N
     options = parse(arguments)
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    wanted = list(stages(out, options.jobs) if planned is None else planned)
-    names = [stage.name for stage in wanted]
-    if options.stages:
-        unknown = [name for name in options.stages if not any(known.startswith(name) for known in names)]
-        if unknown:
-            print(f"no stage is called {unknown[0]!r}; there are: {', '.join(names)}", file=sys.stderr)
-            return 2
-        wanted = [stage for stage in wanted if any(stage.name.startswith(name) for name in options.stages)]
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = Plan(out, Path(scratch), options.jobs, "cpu" if options.dry_run else "cuda")
+        wanted = list(plan.stages() if planned is None else planned)
+        names = [stage.name for stage in wanted]
+        for name in options.stages or ():
+            if not any(known.startswith(name) for known in names):
+                print(f"no stage is called {name!r}; there are: {', '.join(names)}", file=sys.stderr)
+                return 2
+        if options.stages:
+            wanted = [stage for stage in wanted if any(stage.name.startswith(name) for name in options.stages)]
+        facts = facts_of_the_host()
+        if options.dry_run:
+            facts.insert(0, "a dry run on the CPU: its numbers mean nothing")
+        return run(wanted, options.seconds, out, Path(scratch), facts)
+
+
+def run(wanted: Sequence[Stage], seconds: float, out: Path, scratch: Path, facts: list[str]) -> int:
+    """Runs stages, whose results of tests are in ``scratch``; 1 when one failed."""
     begin = time.time()
+    (out / "junit.xml").unlink(missing_ok=True)
     log = Log(out / "gpu.log")
-    facts = facts_of_the_host()
     asking = threading.Thread(target=ask, args=(facts,), daemon=True)
 
     def report() -> None:
+        merge_junit(scratch.glob("*.xml"), out / "junit.xml")
         try:
             text = summary(wanted, out, list(facts), begin)
         except Exception as error:  # half a file, say; the run is worth more than its page
@@ -93,7 +107,7 @@ def main(arguments: list[str] | None = None, planned: Sequence[Stage] | None = N
     try:
         with stoppable():
             asking.start()
-            run_all(wanted, options.seconds, log, report)
+            run_all(wanted, seconds, log, report)
     finally:
         asking.join(5)
         report()

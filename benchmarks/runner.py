@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .provenance import ROOT
-from .stages import Stage, seconds_of
+from .stages import SUITE, Stage, seconds_of
 
 _START = 15.0
 """Seconds for a stage to start and to end what it has begun, of those that it is given."""
 _TAIL = 40
 _LAST_OUTPUT = 4.0
-_TESTS = re.compile(r"^=*\s*((?:\d+ \w+(?:, )?)+ in [\d.]+s.*?)\s*=*$")
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+)")
+_TESTS = re.compile(r"^=*\s*((?:\d+ [\w-]+(?:, )?)+ in [\d.]+s.*?)\s*=*$")
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$")
 
 
 class Log:
@@ -138,7 +138,7 @@ def _run(stage: Stage, limit: float, log: Log) -> str:
     reader.join(_LAST_OUTPUT)
     if late:
         return f"failed: stopped after {limit:.0f} s"
-    if process.returncode == 5 and "pytest" in stage.command:
+    if process.returncode == 5 and {"pytest", SUITE}.intersection(stage.command):
         return "failed: no tests were selected"
     if process.returncode:
         return f"failed: exit status {process.returncode}"

@@ -1,49 +1,27 @@
-"""What `make gpu` runs: its stages, how long each may take, and the tests that a sanitizer sees."""
+"""What `make gpu` runs: its stages, and how long each may take."""
 
 from __future__ import annotations
 
-import importlib.util
+import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .picks import PICKED, SHARED, expression
 
 SECONDS = 465.0
 """For all stages together: `make gpu` ends by itself within eight minutes."""
 
-PICKED = (
-    # gram_triangle for 2, 4 and 8 rows, gram_tensor for 1, 2, 3, 4 and 8 bands of 16 rows, each in four dtypes
-    "test_ragged_table_of_mixed_dtypes",
-    "test_dense_rows and 3-129",
-    "test_dense_rows and 9-129",
-    "test_dense_rows and 17-31",
-    "test_dense_rows and 33-200",
-    "test_dense_rows and 64-140",
-    "test_dense_rows and 128-50",
-    # several slices and their ends, groups, tiles that are taken again, absent rows
-    "test_parameters_that_end",
-    "test_same_bits_from_run_to_run",
-    "test_groups",
-    "test_every_half_and_bfloat16_value",
-    "test_non_finite_entries_where",
-    "test_layouts",
-    # combine from every dtype to every dtype, with its epilogues, in place and beside
-    "test_cast_scale_and_accumulate",
-    "test_in_place_over_the_tensors",
-    "test_out_of_its_own",
-    "test_found_inf",
-    # gram with a solver behind it, and solve_batch for a warp and for a block
-    "test_gram_solve",
-    "test_statistics",
-    "test_batched",
-    "test_backends_agree and cuda-5",
-    "test_backends_agree and cuda-40",
-    "test_backends_agree and cuda-128",
-)
-"""Short tests that between them run every kernel of the cuda backend: words that a test's name and parameters hold."""
-
 _SIDE_BY_SIDE = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 """Of processes that share the cores: each would start a thread for every one of them."""
+
+# The first is for the host alone, the second runs with -m gpu: without CUDA tensors by default.
+_EVERY = ("tests/kernels", *(f"--ignore=tests/kernels/{name}.py" for name in ("test_triton_compile", "test_cuda")))
+_SOME = ("tests/kernels/test_rows.py",)
+
+SUITE = "benchmarks/suite.py"
 
 _SOME_PASSED = r"\b[1-9]\d* passed"
 
@@ -62,10 +40,12 @@ class Stage:
     """Seconds after which it is asked to end."""
     phase: int = 0
     lane: str = ""
-    grace: float = 8.0
+    grace: float = 5.0
     """Seconds more after which it is ended."""
     stretches: bool = False
     """Whether it also gets what the stages before it did not use."""
+    doubt: str = ""
+    """What to think of the results of the others when it fails."""
     environment: dict[str, str] = field(default_factory=dict)
     skipped: str = ""
     must_print: tuple[str, ...] = ()
@@ -78,63 +58,91 @@ class Stage:
     tail: list[str] = field(default_factory=list)
 
 
-def stages(out: Path, jobs: int) -> list[Stage]:
-    """The build; then what measures, alone on the GPU; then the tests, whose time is set aside for them.
+class Plan:
+    """Stages for a folder of results and a number of processes; ``device`` "cpu" tries them out without a GPU.
 
-    What is measured is also checked where it is measured, so that no number waits for a test to be believed.
+    On a CPU the backend of the CPU stands for that of the GPU, in few tests and small sizes: what is tried is how the
+    stages work together.
     """
-    python = sys.executable
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=10"]
-    # The first is for the host alone, the second runs with -m gpu: without CUDA tensors by default.
-    elsewhere = [f"--ignore=tests/kernels/{name}.py" for name in ("test_triton_compile", "test_cuda")]
-    suite = [*pytest, "tests/kernels", "--device", "cuda", "-m", "not gpu", *elsewhere]
 
-    def junit(name: str) -> str:
-        return f"--junitxml={out / f'junit-{name}.xml'}"
+    def __init__(self, out: Path, scratch: Path, jobs: int, device: str = "cuda") -> None:
+        self.out, self.scratch, self.jobs, self.device = out, scratch, jobs, device
+        self.on_gpu = device == "cuda"
+        self._needs_gpu = "" if self.on_gpu else "a dry run has no GPU"
 
-    def workers(share: int) -> list[str]:
-        return ["-n", str(max(1, jobs // share))] if importlib.util.find_spec("xdist") else []
+    def stages(self) -> list[Stage]:
+        """The build beside what needs none; first tests; what measures, alone on the GPU; all tests; the sanitizers.
 
-    return [
-        Stage("build", [python, "setup.py", "build_ext", "--inplace"], 104, 0,
-              environment={"MTL_KERNELS_CUDA": "1", "MTL_KERNELS_CUDA_ARCHS": "native",
-                           "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}),
-        # Compares times, so nothing may run beside it.
-        Stage("device tests", [*pytest, "tests/gpu/test_gpu_device.py", "-m", "gpu"], 30, 1,
-              must_print=(_SOME_PASSED,)),
-        Stage("step benchmarks", [python, "-u", "benchmarks/steps.py", "--device", "cuda", "--output", str(out)],
-              47, 2),
-        Stage("kernel benchmarks", [python, "-u", "benchmarks/gpu.py", "--output", str(out), "--seconds", "{seconds}"],
-              130, 3, grace=20, stretches=True),
-        *(Stage(name, command, 97, 4, name, environment=_SIDE_BY_SIDE,
-                must_print=(_SOME_PASSED,)) for name, command in (
-            ("gpu tests", [*pytest, "tests/kernels", "tests/optim", "-m", "gpu", junit("gpu"), *workers(8)]),
-            ("cuda suite", [*suite, "-k", "cuda", junit("cuda"), *workers(4)]),
-            ("triton suite", [*suite, "-k", "triton and not cuda", junit("triton"), *workers(4)]),
-            ("other suite", [*suite, "-k", "not triton and not cuda", *workers(8)]),
-        )),
-        *(_sanitizer(tool, [*pytest, "-x", "tests/kernels", "--device", "cuda", "-m", "not gpu", *elsewhere,
-                            "-k", f"cuda and (({') or ('.join(PICKED)}))"]) for tool in ("memcheck", "racecheck")),
-    ]  # fmt: skip
+        What is measured is also checked where it is measured; the first tests see more cases than are measured.
+        """
+        python = [sys.executable, "-u"]
+        ours = "cuda" if self.on_gpu else "cpu or baseline"
+        first = expression(f"triton or {ours}", PICKED) if self.on_gpu else expression(ours, PICKED[:2])
+        where = ["--device", self.device, "--output", str(self.out)]
+        steps = [] if self.on_gpu else ["--quick", "--tasks", "2"]
+        kernels = [] if self.on_gpu else ["--tasks", "2", "--max-elements", "2e4", "--repeats", "1"]
+        device_tests = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_gpu_device.py", "-m",
+                        "gpu", f"--junitxml={self.scratch / 'device.xml'}"]  # fmt: skip
+        return [
+            # The CPU module first: solvers without a kernel in Triton run there.
+            self._build("cpu build", "0", 25, 0),
+            self._build("build", "1", 100, 1, self._needs_gpu),
+            self._tests("triton suite", self._kernels("triton and not cuda"), 2, 97, 1),
+            self._tests("first tests", self._kernels(first, *_EVERY), 2, 35, 2,
+                        doubt="the first tests did not pass, so do not go by the times below"),
+            # Compares times, so nothing may run beside it.
+            Stage("device tests", device_tests, 25, 3, must_print=(_SOME_PASSED,), skipped=self._needs_gpu),
+            Stage("step benchmarks", [*python, "benchmarks/steps.py", *where, *steps], 45, 4),
+            Stage("kernel benchmarks", [*python, "benchmarks/gpu.py", *where, *kernels, "--seconds", "{seconds}"],
+                  85, 5, grace=15, stretches=True),
+            self._tests("cuda suite", self._kernels(ours), 3, 45, 6),
+            self._tests("other suite", self._kernels(f"not triton and not ({ours})"), 3, 45, 6),
+            self._tests("gpu tests", ["tests/kernels", "tests/optim", "-m", "gpu"], 8, 45, 6, skipped=self._needs_gpu),
+            self._sanitizer("memcheck", PICKED, 4),
+            self._sanitizer("racecheck", SHARED, 2),
+        ]  # fmt: skip
 
+    def _build(self, name: str, cuda: str, limit: float, phase: int, skipped: str = "") -> Stage:
+        environment = {"MTL_KERNELS_CUDA": cuda, "MTL_KERNELS_CUDA_ARCHS": "native"}
+        environment["CMAKE_BUILD_PARALLEL_LEVEL"] = str(self.jobs)
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        return Stage(name, command, limit, phase, name, grace=2, environment=environment, skipped=skipped)
 
-def _sanitizer(tool: str, tests: list[str]) -> Stage:
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    options = ["--tool", tool, "--error-exitcode", "86", "--target-processes", "application-only"]
-    # Torch's kernels are not what is looked for, and Python's stack is deep.
-    options += ["--kernel-name", f"kns={KERNEL_NAMES}", "--num-callers-host", "8"]
-    options += ["--launch-timeout", "120"]  # the tests start late, after torch was imported
-    command = [program or "compute-sanitizer", *options, *tests]
-    stage = Stage(tool, command, 97, 4, tool, environment=dict(_SIDE_BY_SIDE))
-    if tool == "memcheck":
-        # Errors of calls that torch tries and catches are its own.
-        stage.command[1:1] = ["--report-api-errors", "no"]
-        # Memory that torch's allocator keeps hides accesses beyond the end of a tensor.
-        stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    stage.skipped = "" if program else "compute-sanitizer is not installed"
-    clean = r"ERROR SUMMARY: 0 errors" if tool == "memcheck" else r"RACECHECK SUMMARY: 0 hazards"
-    stage.must_print = (clean, _SOME_PASSED)
-    return stage
+    def _kernels(self, which: str, *files: str) -> list[str]:
+        """Pytest's arguments for tests of the kernels; in a dry run those of one file unless it is said which."""
+        files = files or (_EVERY if self.on_gpu else _SOME)
+        return [*files, "--device", self.device, "-m", "not gpu", "-k", which]
+
+    def _tests(
+        self, name: str, tests: list[str], share: int, limit: float, phase: int, doubt: str = "", skipped: str = "",
+        under: Sequence[str] = (), must_print: str = "", each: float = 40.0,
+    ) -> Stage:  # fmt: skip
+        """Tests in a share of the processes."""
+        junit = self.scratch / f"{name.replace(' ', '-')}.xml"
+        options = ["--jobs", str(max(1, self.jobs // share)), "--junit", str(junit), "--each", f"{each:.0f}"]
+        options += ["--under", shlex.join(under), "--must-print", must_print] if under else []
+        command = [sys.executable, "-u", SUITE, name, *options, "--", *tests]
+        return Stage(name, command, limit, phase, name, doubt=doubt, environment=dict(_SIDE_BY_SIDE), skipped=skipped,
+                     must_print=(_SOME_PASSED,))  # fmt: skip
+
+    def _sanitizer(self, tool: str, picks: tuple[str, ...], share: int) -> Stage:
+        program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
+        command += ["--target-processes", "application-only"]
+        # Torch's kernels are not what is looked for, and Python's stack is deep.
+        command += ["--kernel-name", f"kns={KERNEL_NAMES}", "--num-callers-host", "8"]
+        command += ["--launch-timeout", "120"]  # the tests start late, after torch was imported
+        if tool == "memcheck":
+            command += ["--report-api-errors", "no"]  # of calls that torch tries and catches
+        clean = r"ERROR SUMMARY: 0 errors" if tool == "memcheck" else r"RACECHECK SUMMARY: 0 hazards"
+        skipped = self._needs_gpu or ("" if program else "compute-sanitizer is not installed")
+        stage = self._tests(tool, self._kernels(expression("cuda", picks)), share, 60, 7, skipped=skipped,
+                            under=command, must_print=clean, each=60.0)  # fmt: skip
+        stage.stretches = True
+        if tool == "memcheck":
+            # Memory that torch's allocator keeps hides accesses beyond the end of a tensor.
+            stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        return stage
 
 
 def seconds_of(found: list[Stage]) -> float:

@@ -20,7 +20,7 @@ Cells = dict[str, str]
 
 def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str], since: float = 0.0) -> str:
     """The folder in one page, as far as its files were written since a time: those of an earlier run may lie there."""
-    lines = ["# GPU report", "", *(f"- {fact}" for fact in facts)]
+    lines = ["# GPU report", *failures(wanted), "", *(f"- {fact}" for fact in facts)]
     stages = [[s.name, s.result, f"{s.seconds:.0f}", s.tests] for s in wanted]
     lines += table("", ("stage", "result", "seconds", "tests"), stages)
     for stage in wanted:
@@ -48,6 +48,14 @@ def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str], since: flo
         if stage.result.startswith("failed"):
             lines += ["", f"## The end of: {stage.name}", "", "```", *stage.tail, "```"]
     return "\n".join(lines) + "\n"
+
+
+def failures(wanted: Sequence[Stage]) -> list[str]:
+    """What whoever reads no further must know."""
+    failed = [stage for stage in wanted if stage.result.startswith("failed")]
+    lines = [f"**Failed: {', '.join(stage.name for stage in failed)}.**"] if failed else []
+    lines += [f"**{stage.doubt[0].upper()}{stage.doubt[1:]}.**" for stage in failed if stage.doubt]
+    return [text for line in lines for text in ("", line)]
 
 
 def losses(rows: Sequence[Cells], steps: Sequence[Cells]) -> list[str]:
@@ -82,11 +90,10 @@ def kernel_table(rows: Sequence[Cells], kernel: str) -> list[str]:
     for row in ours:
         beside = [other for other in timed if _name(other) == _name(row)]
         share = f"{1 / float(row['ratio']):.2f}" if row["ratio"] else ""
-        budget = f"{1 / float(row['budget']):.2f}" if row["budget"] else ""
         triton = next((other for other in beside if other["provider"] == f"{OURS} triton"), None)
         cells.append([
-            row["K"], row["N"], row["dtype"], row["median_us"], row["gb_per_s"], _checked(row, share), budget,
-            row["within_budget"], *_best(beside),
+            row["K"], row["N"], row["dtype"], row["median_us"], row["gb_per_s"], _checked(row, share),
+            _against(row)[1] if row["within_budget"] else "", row["within_budget"], *_best(beside),
             "" if triton is None else _checked(triton, _times(triton)),
         ])  # fmt: skip
     head = ("K", "N", "dtype", "us", "GB/s", "of a copy", "budget", "kept", "best of torch", "us", "/ ours",
@@ -158,7 +165,7 @@ def _against(row: Cells) -> tuple[str, str]:
     """What was found and what it must be, in the unit of the budget."""
     if row["measure"] == "count":
         return f"{row['launches']} kernels, {row['syncs']} waits", f"{row['budget']} kernels, no wait"
-    if row["measure"] == "latency":
+    if row["kernel"].endswith("_step"):
         return f"{row['median_us']} us", f"{row['budget']} us"
     return f"{1 / float(row['ratio']):.2f} of a copy", f"{1 / float(row['budget']):.2f}"
 

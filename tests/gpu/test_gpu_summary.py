@@ -66,13 +66,16 @@ def test_missed_budgets_are_told_with_what_was_found(tmp_path: Path) -> None:
     text = page(
         tmp_path,
         row("gram", ratio=2.0, budget=1 / 0.9, within_budget=False),
-        row("mgda_step", us=41.0, N=10**4, measure="latency", budget=30.0, within_budget=False),
+        row("mgda_step", us=71.0, N=10**4, measure="latency", budget=60.0, within_budget=False),
+        row("mgda_step", us=41.0, N=10**4, ratio=9.0, budget=30.0, within_budget=False),
         row("combine", measure="count", launches=3, copies=1, syncs=2, budget=1, within_budget=False),
         steps=step_line(K=8, method="mgda", provider=OURS, ratio_to_K_backwards=1.3, within_budget=False, correct=True),
     )
     missed = text.split("## Budgets missed")[1].split("##")[0]
     assert "| gram | 8 | 100000000 | float32 | graph | 0.50 of a copy | 0.90 |" in missed
-    assert "| mgda_step | 8 | 10000 | float32 | latency | 41 us | 30 us |" in missed
+    assert "| mgda_step | 8 | 10000 | float32 | latency | 71 us | 60 us |" in missed
+    assert "| mgda_step | 8 | 10000 | float32 | graph | 41 us | 30 us |" in missed
+    assert "| 8 | 10000 | float32 | 41 |  | 0.11 | 30 us | False |" in text
     assert "| 3 kernels, 2 waits | 1 kernels, no wait |" in missed
     assert "| training step | 8 |  | mgda | of K backwards | 1.3 | 1.05 |" in missed
     assert "| combine | 3 | 1 | 2 | False |" in text
@@ -109,3 +112,18 @@ def test_a_stage_that_failed_shows_its_end(tmp_path: Path) -> None:
     stage = Stage("build", [], 5.0, result="failed: exit status 1", tail=["nvcc fatal: no such thing"])
     text = summary([stage], tmp_path, [])
     assert "| build | failed: exit status 1 | 0 |" in text and "nvcc fatal" in text.split("The end of: build")[1]
+
+
+def test_what_failed_comes_first_and_what_it_puts_in_doubt(tmp_path: Path) -> None:
+    def stages(result: str) -> list[Stage]:
+        first = Stage("first tests", [], 5.0, result=result, doubt="do not go by the times below")
+        return [first, Stage("build", [], 5.0, result="passed"), Stage("racecheck", [], 5.0, result="failed: late")]
+
+    lines = summary(stages("failed: exit status 1"), tmp_path, ["date: today"]).split("\n")
+    assert lines[:6] == [
+        "# GPU report", "", "**Failed: first tests, racecheck.**", "", "**Do not go by the times below.**", "",
+    ]  # fmt: skip
+    assert "Do not go by" not in summary(stages("passed"), tmp_path, [])
+    assert summary(stages("passed")[:2], tmp_path, ["date: today"]).split("\n")[:3] == [
+        "# GPU report", "", "- date: today",
+    ]  # fmt: skip
