@@ -46,14 +46,16 @@ class Attempts:
         failed = ""
         try:
             piece()
+            self.wait()
         except DeviceLost:
             raise
-        except Exception as error:  # its text alone: the traceback would keep the tensors of the piece
+        except Exception as error:  # its text alone is kept: the traceback would keep the tensors of the piece
             failed = said(error)
-        try:
-            self.wait()
-        except Exception as error:
-            raise DeviceLost(failed or said(error)) from None
+            try:
+                self.wait()
+            except Exception:
+                self.send("over", failed)  # before what the piece held is freed, which may end the process
+                raise DeviceLost(failed) from None
         self.ended.add(name)
         self.send("end", name)
         return failed
@@ -73,7 +75,7 @@ def run_here(work: Work, arguments: Sequence[object], receive: Receive) -> str:
     """Works in this process; why it was given up, or an empty string."""
 
     def send(what: str, value: object) -> None:
-        if what not in ("begin", "end"):
+        if what not in ("begin", "end", "over"):
             receive(what, value)
 
     try:
@@ -156,8 +158,8 @@ def _work(
 
     try:
         work(Attempts(send, ended, culprits), *arguments)
-    except DeviceLost as error:
-        send("over", str(error))
+    except DeviceLost:
+        pass  # it was sent
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         send("over", said(error))

@@ -40,6 +40,18 @@ def broken(attempts: Attempts) -> None:
         if poisoned:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
+    class Held:
+        """What cannot be freed any more when the device is lost."""
+
+        def __del__(self) -> None:
+            if poisoned:
+                os.abort()
+
+    def hold() -> None:
+        held = Held()
+        poisoned.append("")
+        raise ValueError(f"launch failed{'' if held else held}")
+
     def poison(text: str) -> None:
         poisoned.append(text)
         if text:
@@ -54,6 +66,7 @@ def broken(attempts: Attempts) -> None:
         "hangs": lambda: time.sleep(600),
         "poisons": lambda: poison(""),
         "poisons and says so": lambda: poison("launch failed"),
+        "poisons what it holds": hold,
         "last": lambda: None,
     }
     for name, piece in pieces.items():
@@ -72,6 +85,7 @@ def test_every_piece_is_tried_once_whatever_the_others_do() -> None:
         "hangs": "it was stopped after 1 s",
         "poisons": "RuntimeError: CUDA error: an illegal memory access was encountered",
         "poisons and says so": "ValueError: launch failed",
+        "poisons what it holds": "ValueError: launch failed",
     }
     # A piece that was tried is skipped by the next process, which says of it that nothing failed.
     assert received[:2] == [("right", ""), ("raises", "FileNotFoundError")] and received[-1] == ("last", "")
