@@ -53,11 +53,9 @@ def gram_solve(
     chosen = dispatch.resolve(table.device, backend)
     gram = _new_gram(chosen, (*lead, table.num_tasks, table.num_tasks), table.device)
     checked = checks.check_call(call, gram)
-    batch = gram if groups is not None else gram.unsqueeze(0)
     if is_fused(chosen) and checked.rng is call.rng:
-        weights, certificate = chosen.gram_solve_into(table, group_list, batch, checked)
-        return gram, weights.view(gram.shape[:-1]), certificate.view((*lead, 2))
-    chosen.gram_into(table, group_list, batch)
+        return gram, *chosen.gram_solve_into(table, group_list, gram, checked)
+    chosen.gram_into(table, group_list, gram.view(-1, *gram.shape[-2:]))
     if not ranges.leaves_range(table, gram):
         return gram, *_solve(chosen, call, checked, gram)
     scaled = ranges.scaled_gram(table, group_list, num_groups)

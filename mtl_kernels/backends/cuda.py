@@ -36,15 +36,11 @@ except ImportError as error:
 
 
 class _Launch(NamedTuple):
-    """What a launch needs beside its results: a plan, and memory on the device with its addresses."""
+    """What a launch needs beside its results: a plan, and tables on the device, which it keeps alive."""
 
     plan: Any
-    memory: tuple[Any, ...]
     addresses: tuple[int, ...]
-
-    def with_table(self, memory: Any) -> _Launch:
-        """And one more table."""
-        return _Launch(self.plan, (*self.memory, memory), (*self.addresses, _address(memory)))
+    memory: tuple[Any, ...]
 
 
 class _Stream:
@@ -190,7 +186,7 @@ class CudaBackend:
         self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall
     ) -> tuple[Tensor, Tensor]:
         weights = gram.new_empty(gram.shape[:-1])
-        certificate = gram.new_empty((gram.shape[0], 2))
+        certificate = gram.new_empty((*gram.shape[:-2], 2))
         self._gram(table, groups, gram, solver=self._solver(call, gram, weights, certificate))
         return weights, certificate
 
@@ -205,24 +201,21 @@ class CudaBackend:
         found_inf: Tensor | None = None,
     ) -> None:
         stream, handle = self._stream(table.device)
-        outputs = [-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out]
+        outputs = tuple([-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out])
         targets = packed([0 if tensor is None else tensor.data_ptr() for tensor in out])
         num_groups = weights.shape[0]
 
         def make() -> _Launch:
-            sizes = (*table.sizes, groups, num_groups, outputs)
             check = functools.partial(self._module.check_aligned, of_outputs=True)
-            launch = self._prepare(stream, "combine", self._module.CombinePlan, table, sizes)
-            return launch.with_table(stream.table(targets, outputs, check))
+            sizes = (groups, num_groups, outputs)
+            return self._prepare(stream, self._module.CombinePlan, table, sizes, stream.table(targets, outputs, check))
 
         with stream.lock:
-            key = (handle, _grouping(groups, num_groups), targets, tuple(outputs))
+            key = (handle, _grouping(groups, num_groups), targets, outputs)
             launch = stream.launch_of(table, "combine", key, make)
             self._module.combine(
                 launch.plan,
-                launch.addresses[0],
-                launch.addresses[2],
-                launch.addresses[1],
+                *launch.addresses,
                 weights.data_ptr(),
                 _address(scale),
                 _address(found_inf),
@@ -252,10 +245,10 @@ class CudaBackend:
         solver: Any = None,
     ) -> None:
         stream, handle = self._stream(table.device)
-        num_groups = gram.shape[0]
+        num_groups = 1 if gram.dim() == 2 else gram.shape[0]
 
         def make() -> _Launch:
-            return self._prepare(stream, "gram", self._module.GramPlan, table, (*table.sizes, groups, num_groups))
+            return self._prepare(stream, self._module.GramPlan, table, (groups, num_groups))
 
         with stream.lock:
             launch = stream.launch_of(table, "gram", (handle, _grouping(groups, num_groups)), make)
@@ -280,14 +273,14 @@ class CudaBackend:
                 stream.forget_counters()
                 raise
 
-    def _prepare(self, stream: _Stream, kind: str, make: Any, table: RowTable, sizes: tuple[Any, ...]) -> _Launch:
-        """What a launch over a table needs: its plan, and the tables of addresses and of work on the device."""
+    def _prepare(self, stream: _Stream, make: Any, table: RowTable, sizes: tuple[Any, ...], *tables: Any) -> _Launch:
+        """What a launch over a table needs: its plan, and on the device addresses, other tables, and its work."""
         index = self._index(table.device)
-        plan, words = stream.plan(_key(kind, *sizes), lambda: make(index, *sizes))
-        launch = _Launch(plan, (), ())
-        return launch.with_table(stream.table(table.addresses, table.codes, self._module.check_aligned)).with_table(
-            words
-        )
+        groups, num_groups, *rest = sizes
+        key = (make, table.sizes, _grouping(groups, num_groups), num_groups, *rest)
+        plan, words = stream.plan(key, lambda: make(index, *table.sizes, *sizes))
+        memory = (stream.table(table.addresses, table.codes, self._module.check_aligned), *tables, words)
+        return _Launch(plan, tuple(map(_address, memory)), memory)
 
     def _solver(self, call: SolverCall, gram: Tensor, weights: Tensor, certificate: Tensor) -> Any:
         num_tasks = gram.shape[-1]
@@ -330,10 +323,6 @@ class CudaBackend:
 def _grouping(groups: Sequence[int], num_groups: int) -> Hashable:
     """The groups as a key; where there is one, all parameters are in it."""
     return None if num_groups == 1 else tuple(groups)
-
-
-def _key(*parts: Any) -> Hashable:
-    return tuple(tuple(part) if isinstance(part, list) else part for part in parts)
 
 
 def architectures() -> str | None:

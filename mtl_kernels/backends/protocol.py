@@ -62,7 +62,10 @@ class FusedBackend(Backend, Protocol):
     def gram_solve_into(
         self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall
     ) -> tuple[Tensor, Tensor]:
-        """Writes ``gram`` ``[S, K, K]`` and solves it: weights ``[S, K]``, certificate ``[S, 2]``, float64."""
+        """Writes ``gram`` ``[S, K, K]`` and solves it: weights ``[S, K]``, certificate ``[S, 2]``, float64.
+
+        All without S where ``gram`` is ``[K, K]``, of one group.
+        """
 
     def combine_into(
         self,
