@@ -51,6 +51,8 @@ def test_dense_rows(implementation: str, num_tasks: int, size: int, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tasks", [2, 9])
 def test_outputs_larger_than_the_caches(implementation: str, num_tasks: int, dtype: torch.dtype) -> None:
+    if implementation == "reference":
+        pytest.skip("about stores past the caches, which the compiled ones have")
     size = (9 << 19) // dtype.itemsize + 13
     used = torch.arange(0, size - 3, 9973)
     rows, weights = make_rows(num_tasks, [(used.numel(),)], [dtype], seed=1), weights_for(num_tasks)

@@ -51,7 +51,7 @@ def test_what_goes_to_a_gpu_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append(tensor.device) or tensor)
     with torch.device("meta"):
         stream = cuda._Stream(torch.device("meta"))
-        stream.table(uploads.packed([1, 2, 3]))
+        stream.table(uploads.packed([1, 2, 3]), [0, 0, 0], lambda words, codes: None)
         stream.plan("plan", lambda: type("Plan", (), {"words": b""})())
         capture = cuda._Capture(torch.device("cpu", 0), lambda *arguments: seen.append(arguments[1]), [])
         capture.counters(3)
