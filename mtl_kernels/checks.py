@@ -50,12 +50,15 @@ def check_weights(table: RowTable, weights: Tensor, groups: Sequence[int] | None
     check_strided(weights, "weights")
     if not weights.is_floating_point():
         raise TypeError(f"expected weights of floating dtype, found {weights.dtype}")
-    expected = [table.num_tasks] if groups is None else [num_groups, table.num_tasks]
-    if list(weights.shape) != expected:
-        raise ValueError(f"expected weights of shape {expected}, found {list(weights.shape)}: one weight per row")
+    expected = (table.num_tasks,) if groups is None else (num_groups, table.num_tasks)
+    if weights.shape != expected:
+        shapes = f"{list(expected)}, found {list(weights.shape)}"
+        raise ValueError(f"expected weights of shape {shapes}: one weight per row")
     if weights.device != table.device:
         raise ValueError(f"weights are on {weights.device}, the rows on {table.device}; move them to one device")
-    return weights.detach().to(torch.float64).reshape(-1, table.num_tasks).contiguous(), group_list
+    if weights.dtype is not torch.float64 or weights.requires_grad or not weights.is_contiguous():
+        weights = weights.detach().to(torch.float64).contiguous()
+    return weights.unsqueeze(0) if groups is None else weights, group_list
 
 
 def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -100,6 +103,8 @@ def check_epilogue(
     table: RowTable, scale: Tensor | None, found_inf: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The scale as float64 ``[1]``, and found_inf as it is."""
+    if scale is None and found_inf is None:
+        return None, None
     for name, tensor in (("scale", scale), ("found_inf", found_inf)):
         if tensor is None:
             continue
@@ -123,7 +128,7 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate
 
     With ``accumulate``, or where target and row differ in dtype, a target may not be a row either.
     """
-    if table.num_params == 1 and targets[0] is not None and _apart(table, targets[0]):
+    if table.dense and targets[0] is not None and _apart(table, targets[0]):
         return
     spans: list[tuple[int, int, bool]] = []
     for p, target in enumerate(targets):
@@ -164,11 +169,10 @@ def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
 
 
 def _apart(table: RowTable, target: Tensor) -> bool:
-    """Whether the target of the one parameter lies before or behind all of its rows."""
-    begin, row_bytes = target.data_ptr(), table.numels[0] * ITEMSIZES[table.codes[0]]
-    addresses = [address for address in table.pointers if address != 0]
+    """Whether the target lies before or behind all rows of a matrix."""
+    begin, rows = target.data_ptr(), table.pointers
     end = begin + target.numel() * target.element_size()
-    return not addresses or end <= min(addresses) or begin >= max(addresses) + row_bytes
+    return end <= rows[0] or begin >= rows[-1] + table.numels[0] * ITEMSIZES[table.codes[0]]
 
 
 def check_rng(rng: Tensor, gram: Tensor) -> Tensor:

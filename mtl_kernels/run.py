@@ -75,9 +75,11 @@ def _solve(backend: Backend, call: SolverCall, checked: SolverCall, gram: Tensor
     return found
 
 
-def _laid_out_alike(target: Tensor, like: Tensor) -> bool:
-    """Whether what belongs in the memory of ``like`` can be written to that of ``target``."""
-    return target.stride() == like.stride() and not target.is_neg()
+def _in_place(target: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The target as a kernel writes to it: laid out as the rows are; None where it is not."""
+    if target is None or like is None or target.stride() != like.stride() or target.is_neg():
+        return None
+    return target.detach() if target.requires_grad else target
 
 
 def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
@@ -85,7 +87,7 @@ def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | Non
     for target, result in zip(targets, written, strict=True):
         if target is None or result is None:
             continue
-        if target is not result and not _laid_out_alike(target, result):
+        if target is not result and target.data_ptr() != result.data_ptr():
             target.detach().copy_(result)
         elif not target.is_inference():
             torch.autograd.graph.increment_version(target)
@@ -125,16 +127,12 @@ def combine(
         targets = written = table.like
     else:
         targets = checks.check_out(table, out)
-        written = [
-            target.detach() if target is not None and like is not None and _laid_out_alike(target, like) else None
-            for target, like in zip(targets, table.like, strict=True)
-        ]
+        written = [_in_place(target, like) for target, like in zip(targets, table.like, strict=True)]
         if not (table.captured or table.device.type == "meta"):
             checks.check_disjoint(table, written, accumulate)
-        written = [
-            _elsewhere(like, target, accumulate) if like is not None and target is not None and place is None else place
-            for place, like, target in zip(written, table.like, targets, strict=True)
-        ]
+        for p, (place, like, target) in enumerate(zip(written, table.like, targets, strict=True)):
+            if place is None and like is not None and target is not None:
+                written[p] = _elsewhere(like, target, accumulate)
     if is_fused(chosen):
         chosen.combine_into(table, weights, group_list, written, accumulate, scale, found_inf)
     else:

@@ -9,7 +9,10 @@
 namespace mtl::cpu {
 namespace {
 
-constexpr std::int64_t kAlignment = 1024, kMinColumns = 8192, kMaxChunks = 256;
+constexpr std::int64_t kAlignment = 1024, kMaxChunks = 256;
+
+// Elements of rows below which another thread is not worth waking.
+constexpr std::int64_t kMinElements = 1 << 18;
 
 // Outputs smaller than this are likely to be read again from the cache they are written to.
 constexpr std::int64_t kPastCacheBytes = 4 << 20;
@@ -25,15 +28,17 @@ bool in_place(const RowTable& rows, std::int64_t p, std::uintptr_t out) {
 
 void combine(const RowTable& rows, const double* weights, const Outputs& out, int threads) {
   std::vector<char> past_cache(rows.num_params);
-  std::int64_t bytes = 0;
+  std::int64_t columns = 0, bytes = 0;
   for (std::int64_t p = 0; p < rows.num_params; ++p) {
     past_cache[p] = !out.accumulate && out.pointers[p] != 0 && !in_place(rows, p, out.pointers[p]);
+    columns += rows.numels[p];
     bytes += rows.numels[p] * item_size(out.dtypes[p]);
   }
   if (bytes < kPastCacheBytes) past_cache.assign(rows.num_params, 0);
 
   const Kernels& isa = kernels();
-  const ChunkPlan plan = plan_chunks(rows, kAlignment, kMinColumns, kMaxChunks);
+  const std::int64_t chunks = columns * rows.num_tasks / kMinElements;
+  const ChunkPlan plan = plan_chunks(rows, kAlignment, chunks > 1 ? columns / chunks : columns, kMaxChunks);
   parallel_for(static_cast<std::int64_t>(plan.chunks.size()), threads, [&](std::int64_t i) {
     const Chunk& chunk = plan.chunks[i];
     const double* w = weights + static_cast<std::int64_t>(chunk.group) * rows.num_tasks;
