@@ -13,13 +13,17 @@ namespace {
 using mtl::cuda::SolvePlans;
 using mtl::cuda::SolverArguments;
 
-// The Gram matrices of random rows, of every rank, the last of them not finite.
+// The Gram matrices of random rows, of every rank; one of rows that nearly cancel in pairs, and the last of
+// them not finite.
 std::vector<double> draw_grams(int K, std::int64_t batch) {
   std::vector<double> grams(static_cast<std::size_t>(batch) * K * K);
   for (std::int64_t b = 0; b < batch; ++b) {
-    const int rank = b % 2 == 0 ? K + 3 : 1 + K / 2;
+    const bool opposite = batch == 2 ? b == 1 && K % 2 == 0 : b == 2;
+    const int rank = b % 2 == 0 || opposite ? K + 3 : 1 + K / 2;
     std::vector<double> rows(static_cast<std::size_t>(K) * rank);
     for (double& x : rows) x = draw_normal() + 0.1;
+    for (int n = rank; opposite && n < 2 * (K / 2) * rank; ++n)
+      if (n / rank % 2 == 1) rows[n] = 1e-6 * rows[n] - rows[n - rank];
     double* gram = &grams[b * K * K];
     for (int i = 0; i < K; ++i) {
       for (int j = 0; j < K; ++j)

@@ -271,6 +271,46 @@ Matrix random_rows(std::mt19937& engine, std::size_t k, std::size_t n, int kind)
   return rows;
 }
 
+void normalize(std::vector<double>& row) {
+  double squares = 0;
+  for (double x : row) squares += x * x;
+  for (double& x : row) x /= std::sqrt(squares);
+}
+
+// Unit rows of which every `size` add up to little, `least` to `most` of a row.
+Matrix nearly_cancelling(std::mt19937& engine, std::size_t k, std::size_t size, double least, double most) {
+  std::normal_distribution<double> normal;
+  std::uniform_real_distribution<double> share(0.2, 2), exponent(std::log10(least), std::log10(most));
+  Matrix rows(k, std::vector<double>(2 + engine() % (2 * k)));
+  for (std::size_t i = 0; i < k; ++i) {
+    for (double& x : rows[i]) x = normal(engine);
+    normalize(rows[i]);
+    if (i % size != size - 1) continue;
+    const double left = std::pow(10.0, exponent(engine));
+    for (double& x : rows[i]) x *= left;
+    for (std::size_t j = i + 1 - size; j < i; ++j) {
+      const double part = size == 2 ? 1 : share(engine);
+      for (std::size_t c = 0; c < rows[i].size(); ++c) rows[i][c] -= part * rows[j][c];
+    }
+    normalize(rows[i]);
+  }
+  return rows;
+}
+
+// The certificate by its definition, from the matrix as it is.
+long double gap_of(const std::vector<double>& gram, const std::vector<double>& w) {
+  const std::size_t k = w.size();
+  long double total = 0, value = 0, least = std::numeric_limits<long double>::infinity();
+  for (double x : w) total += x;
+  for (std::size_t i = 0; i < k; ++i) {
+    long double product = 0;
+    for (std::size_t j = 0; j < k; ++j) product += static_cast<long double>(gram[i * k + j]) * (w[j] / total);
+    value += w[i] / total * product;
+    least = std::min(least, product);
+  }
+  return value - least;
+}
+
 void test_philox() {
   const mtl::Philox4 zero = mtl::philox4x32_10({{0, 0, 0, 0}}, 0, 0);
   CHECK(zero.word[0] == 0x6627e8d5u && zero.word[1] == 0xe169c58du && zero.word[2] == 0xbc57ac4cu &&
@@ -326,6 +366,23 @@ void test_min_norm_large() {
     CHECK(found.gap <= bound, "trial %d kind %d K %zu N %zu: gap %g, bound %g, %d iterations", trial, kind, k,
           n, found.gap, bound, found.iterations);
     CHECK(found.iterations < static_cast<int>(4 * k), "trial %d kind %d K %zu: %d iterations", trial, kind, k,
+          found.iterations);
+  }
+}
+
+void test_min_norm_on_rows_that_nearly_cancel() {
+  std::mt19937 engine(17);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 128 : 4 + engine() % 36;
+    const double left = std::pow(10.0, -3.0 - static_cast<double>(engine() % 7));
+    const Matrix rows =
+        nearly_cancelling(engine, k, 2 + engine() % 2, left, trial % 3 == 0 ? 1e-3 : 1.01 * left);
+    const std::vector<double> gram = gram_of(rows);
+    const Result found = min_norm(gram);
+    const long double gap = gap_of(gram, found.weights);
+    CHECK(gap <= 1e-15L * k, "trial %d K %zu: gap %Lg", trial, k, gap);
+    CHECK(std::fabs(found.gap - gap) <= 1e-15L, "trial %d K %zu: %g, found %Lg", trial, k, found.gap, gap);
+    CHECK(found.iterations < static_cast<int>(5 * k), "trial %d K %zu: %d iterations", trial, k,
           found.iterations);
   }
 }
@@ -444,7 +501,9 @@ void test_teams() {
   std::mt19937 engine(13);
   for (int trial = 0; trial < 60; ++trial) {
     const std::size_t k = 1 + engine() % 9;
-    const Matrix rows = random_rows(engine, k, 2 * k, static_cast<int>(engine() % 4));
+    const int kind = static_cast<int>(engine() % 5);
+    const Matrix rows = kind == 4 && k > 1 ? nearly_cancelling(engine, k, 2, 3e-7, 1e-6)
+                                           : random_rows(engine, k, 2 * k, kind % 4);
     const std::vector<double> gram = gram_of(rows);
     std::vector<unsigned char> active(k, 1);
     if (trial % 3 == 0) active[engine() % k] = 0;
@@ -470,6 +529,7 @@ int main() {
   test_philox();
   test_min_norm_against_brute_force();
   test_min_norm_large();
+  test_min_norm_on_rows_that_nearly_cancel();
   test_min_norm_degenerate();
   test_frank_wolfe();
   test_pcgrad();

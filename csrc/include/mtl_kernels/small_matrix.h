@@ -59,14 +59,7 @@ struct PackedCholesky {
   // cannot divide by zero.
   template <class Team>
   MTL_HD double append(const Team& team, int n, double* column, double diagonal, double floor) const {
-    for (int k = 0; k < n; ++k) {
-      const double* row = at(k);
-      const double u = column[k] / row[k];
-      team.sync();
-      for (int i = k + 1 + team.rank(); i < n; i += team.size()) column[i] -= row[i] * u;
-      if (team.rank() == 0) column[k] = u;
-      team.sync();
-    }
+    forward_substitute(team, n, column);
     double squares = 0.0;
     for (int k = team.rank(); k < n; k += team.size()) {
       at(k)[n] = column[k];
@@ -76,6 +69,19 @@ struct PackedCholesky {
     if (team.rank() == 0) at(n)[n] = sqrt(pivot > floor ? pivot : floor);
     team.sync();
     return pivot;
+  }
+
+  // x <- U'^-1 x over the leading n x n block.
+  template <class Team>
+  MTL_HD void forward_substitute(const Team& team, int n, double* x) const {
+    for (int k = 0; k < n; ++k) {
+      const double* row = at(k);
+      const double xk = x[k] / row[k];
+      team.sync();
+      for (int i = k + 1 + team.rank(); i < n; i += team.size()) x[i] -= row[i] * xk;
+      if (team.rank() == 0) x[k] = xk;
+      team.sync();
+    }
   }
 
   // x <- U^-1 x over the leading n x n block.

@@ -15,7 +15,25 @@
 #define MTL_HD inline
 #endif
 
+// For loops that are not worth the registers of several rounds at once: every kernel with a solver behind it
+// has as many as the solver needs.
+#if defined(__CUDACC__)
+#define MTL_NO_UNROLL _Pragma("unroll 1")
+#else
+#define MTL_NO_UNROLL
+#endif
+
 namespace mtl {
+
+// A pointer that the compiler knows nothing about: what it computes from it here it does not keep in
+// registers for the next place that starts from the same one.
+template <class T>
+MTL_HD T* opaque(T* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(p));
+#endif
+  return p;
+}
 
 struct IndexedValue {
   double value;
