@@ -191,7 +191,9 @@ def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tupl
         None where ``call`` asks for none.
 
     Raises:
-        TypeError, ValueError: arguments that do not fit the Gram matrix or the solver.
+        TypeError, ValueError: arguments that do not fit the Gram matrix or the solver; on a CPU also a finite Gram
+            matrix whose norms differ so much that the weights are not finite (on a GPU, where the host does not wait
+            for them, such weights are returned).
         RuntimeError: the backend asked for is not available.
     """
     _check_call(call)

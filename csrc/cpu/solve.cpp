@@ -1,5 +1,7 @@
 #include "solve.h"
 
+#include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "mtl_kernels/solvers/find.h"
@@ -29,6 +31,18 @@ Solve solve_at(int position, SolverList<Solvers...>) {
   return all[position];
 }
 
+// A finite Gram matrix whose norms differ by more than a double holds can have weights beyond it. Where G is
+// not finite they are: `begin` has seen to it.
+void check_weights(const std::string& name, std::int64_t batch, int num_tasks, const double* weights) {
+  for (std::int64_t n = 0; n < batch * num_tasks; ++n) {
+    if (std::isfinite(weights[n])) continue;
+    throw std::invalid_argument("solver '" + name + "' has no finite weights for problem " +
+                                std::to_string(n / num_tasks) +
+                                " although its Gram matrix is finite: the norms of its rows differ too much "
+                                "for float64; scale the losses to similar sizes");
+  }
+}
+
 }  // namespace
 
 void solve(const std::string& name, std::int64_t batch, int num_tasks, const double* gram,
@@ -51,6 +65,7 @@ void solve(const std::string& name, std::int64_t batch, int num_tasks, const dou
     problem.certificate = certificate == nullptr ? unwanted : certificate + index * 2;
     run(problem);
   });
+  check_weights(name, batch, num_tasks, weights);
 }
 
 }  // namespace mtl::cpu

@@ -162,7 +162,8 @@ struct alignas(16) Vector {
 // A row as the kernels see it: an address, 0 for a task that does not reach the parameter or does not exist.
 __device__ __forceinline__ std::uintptr_t row_address(const std::uintptr_t* pointers, std::int64_t num_params,
                                                       int num_tasks, int k, int param) {
-  return k < num_tasks ? pointers[k * num_params + param] : 0;
+  // Unsigned: a sign extension of k would be one more register in every kernel.
+  return k < num_tasks ? pointers[static_cast<unsigned>(k) * num_params + param] : 0;
 }
 
 template <class T>

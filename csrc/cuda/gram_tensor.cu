@@ -412,8 +412,9 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
   unsigned char* buffers = dynamic_shared();
   const Share<S> share;
   const int pairs = num_pairs(args.num_tasks);
-  for (std::int64_t n = blockIdx.x; n < args.num_slices; n += gridDim.x) {
-    const std::int64_t slice_number = args.first_slice + n;
+  const int end_slice = static_cast<int>(args.first_slice + args.num_slices);
+  for (int slice_number = static_cast<int>(args.first_slice + blockIdx.x); slice_number < end_slice;
+       slice_number += static_cast<int>(gridDim.x)) {
     const Slice slice = args.slices[slice_number];
     double sums[S::kGroups][4] = {};
     sum_slice<S, T>(args, slice, share, buffers, sums);
@@ -428,7 +429,7 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
         add_to_triangle<S>(share, sums, triangle);
     }
     __syncthreads();
-    double* out = args.slice_sums + slice_number * pairs;
+    double* out = args.slice_sums + static_cast<std::int64_t>(slice_number) * pairs;
     bool finite = true;
     for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads) {
       out[pair] = triangle[pair];

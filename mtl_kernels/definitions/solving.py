@@ -84,6 +84,9 @@ def solve(call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor]:
     """Weights ``[..., K]`` and certificates ``[..., 2]`` of ``gram`` ``[..., K, K]``, float64, on its device.
 
     A problem without active tasks gets weights 0; one that is not finite 1 / n for each of n, and the gap nan.
+
+    Raises:
+        ValueError: a call that does not fit the solver, or weights that float64 does not hold for a finite Gram matrix.
     """
     definition = check(call)
     lead, num_tasks = gram.shape[:-2], gram.shape[-1]
@@ -105,6 +108,11 @@ def solve(call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor]:
             continue
         own = None if inputs is None else inputs[index][tasks]
         found = definition.answer(Problem(among, tasks.tolist(), num_tasks, index, call.options, rng, own))
+        if not found.weights.isfinite().all():
+            raise ValueError(
+                f"solver {call.solver!r} has no finite weights for problem {index} although its Gram matrix is finite: "
+                "the norms of its rows differ too much for float64; scale the losses to similar sizes"
+            )
         weights[index, tasks] = found.weights
         certificate[index] = torch.tensor([found.gap, found.iterations], dtype=torch.float64, device="cpu")
     return weights.reshape(*lead, num_tasks).to(gram.device), certificate.reshape(*lead, 2).to(gram.device)

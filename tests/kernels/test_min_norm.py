@@ -272,3 +272,22 @@ def test_backends_agree(backend, num_tasks):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         mk.min_norm_weights(torch.eye(2, dtype=torch.float64), **arguments)
+
+
+@pytest.mark.parametrize("left", [1e-3, 3e-7, 1e-8])
+@pytest.mark.parametrize("num_columns", [20, 1000])
+def test_rows_that_nearly_cancel(implementation, left, num_columns):
+    """Eight pairs of unit rows, each of which leaves next to nothing: as near to the optimum as G tells."""
+    if implementation == "triton":
+        pytest.skip("its kernel takes plain sums")
+    generator = np.random.default_rng(0)
+    for _ in range(4):
+        half = generator.standard_normal((8, num_columns))
+        other = -half + left * generator.standard_normal(half.shape)
+        rows = np.concatenate([half, other])
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        solution = mk.min_norm_weights(gram_of(rows), backend=implementation)
+        products = gram_of(rows).numpy().astype(np.longdouble) @ host(solution.weights)
+        gap = products @ host(solution.weights) - products.min()
+        assert gap <= (1e-15 if implementation != "reference" else 1e-9) * len(rows)
+        assert abs(solution.gap.item() - gap) <= 1e-15

@@ -72,3 +72,17 @@ def test_zero_rows_are_zero(implementation: str) -> None:
         torch.zeros(3, 5, dtype=torch.float64), mk.SolverCall("min_norm", (0.0, 0.0, 0.0)), backend=implementation
     )
     assert weights.tolist() == [1, 0, 0] and certificate.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_weights_beyond_float64(implementation: str, batched: bool) -> None:
+    """A projection by -1e300 / 1e-300: a host says so, a GPU lets it reach the gradient."""
+    gram = torch.tensor([[1e300, -1e300], [-1e300, 1e-300]], dtype=torch.float64)
+    if batched:
+        gram = torch.stack((torch.eye(2, dtype=torch.float64), gram))
+    if implementation in ("emulated", "triton"):
+        weights = mk.pcgrad_weights(gram, order="fixed", backend=implementation)
+        assert not weights.reshape(-1, 2)[-1].isfinite().all()
+        return
+    with pytest.raises(ValueError, match=f"'pcgrad' has no finite weights for problem {int(batched)} although its"):
+        mk.pcgrad_weights(gram, order="fixed", backend=implementation)

@@ -2,7 +2,7 @@
 
 // A sum of products as good as one taken with twice the digits and rounded once at the end: Dot2 of Ogita,
 // Rump and Oishi, "Accurate sum and dot product" (2005). It needs a compiler that fuses no product with a sum
-// of another statement (on the host anything but -ffp-contract=fast), else it is no better than a plain sum.
+// of another statement (on the host -ffp-contract=off), else it is no better than a plain sum.
 
 #include "mtl_kernels/team.h"
 

@@ -8,6 +8,9 @@
 //   certificate: {0, 0}
 // Random order: task i of problem b meets j != i by ascending key (word & ~127) | j, where word is j % 4 of
 // the Philox position (b, i*32 + j/4). The low bits make keys distinct, so every backend sorts them alike.
+//
+// v_j / G_jj overflows where norms differ by more than about 1e308. Weights are then inf or nan: a host
+// refuses them, a GPU lets them reach the gradient, where found_inf and checks for finite gradients see them.
 
 #include "mtl_kernels/philox.h"
 #include "mtl_kernels/solver.h"
