@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import methods
+from .catalog import MethodInfo, get_method, list_methods
 from .methods import *  # noqa: F403
 from .monitor.report import Report
 from .optimizer import MultiTaskOptimizer
 
-__all__ = ["MultiTaskOptimizer", "Report", "methods", *(name for name in methods.__all__ if name[0].isupper())]
+__all__ = [
+    "MethodInfo",
+    "MultiTaskOptimizer",
+    "Report",
+    "get_method",
+    "list_methods",
+    "methods",
+    *(name for name in methods.__all__ if name[0].isupper()),
+]
 
 if TYPE_CHECKING:  # the methods, which type checkers do not find
 

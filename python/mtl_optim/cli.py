@@ -1,4 +1,4 @@
-"""The command line: ``mtl-kernels demo`` and ``mtl-kernels info``."""
+"""The command line: ``mtl-kernels demo``, ``mtl-kernels methods`` and ``mtl-kernels info``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "info":
             return _info()
+        if arguments.command == "methods":
+            return _methods()
         return _demo(arguments, commands["demo"])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,6 +53,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="show versions, backends, CPU features and threads",
         description="Shows the version, torch, every backend with the reason if it is missing, CPU features, threads.",
     )
+    listing = commands.add_parser(
+        "methods",
+        help="list the methods, with what they need and promise",
+        description="Lists every method: its class, what its weights depend on, what it keeps between steps, what "
+        "holds for its combination, and what a solve costs.",
+    )
     demo = commands.add_parser(
         "demo",
         help="train one network on three tasks with several methods, and compare",
@@ -66,8 +74,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )  # fmt: skip
     demo.add_argument(
         "--methods", nargs="+", default=list(Options.methods), metavar="NAME",
-        help="the methods to train with, for example: sum mean pcgrad mgda "
-        f"(default: {' '.join(Options.methods)})",
+        help="the methods to train with, see `mtl-kernels methods`, with options where wanted: "
+        f"sum pcgrad:order=fixed mgda:normalize=l2 (default: {' '.join(Options.methods)})",
     )  # fmt: skip
     demo.add_argument(
         "--steps", type=int, default=Options.steps, metavar="N",
@@ -92,7 +100,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "them (default: the environment variable MTL_KERNELS_BACKEND, else auto)",
     )  # fmt: skip
     demo.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
-    return parser, {"info": info, "demo": demo}
+    return parser, {"info": info, "methods": listing, "demo": demo}
 
 
 def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -114,23 +122,39 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     return 0
 
 
+def _methods() -> int:
+    from .catalog import list_methods
+
+    head = ("name", "class", "needs", "keeps", "guarantee", "cost of a solve")
+    _print_table(
+        [(info.name, f"{info.cls.__name__}({', '.join(info.arguments)})", *info[2:6]) for info in list_methods()],
+        head,
+    )
+    return 0
+
+
 def _info() -> int:
-    facts = _facts()
+    _print_table(list(_facts().items()))
+    return 0
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], head: tuple[str, ...] | None = None) -> None:
+    """By rich on a terminal, where it is installed; else as plain columns."""
     if sys.stdout.isatty() and find_spec("rich") is not None:
         from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(show_header=False, box=box.SIMPLE, pad_edge=False)
-        for name, fact in facts.items():
-            table.add_row(Text(name, style="bold"), Text(fact))
+        table = Table(*head or (), show_header=head is not None, box=box.SIMPLE, pad_edge=False)
+        for name, *cells in rows:
+            table.add_row(Text(name, style="bold"), *map(Text, cells))
         Console().print(table)
-    else:
-        width = max(map(len, facts))
-        for name, fact in facts.items():
-            print(f"{name:<{width}}  {fact}")
-    return 0
+        return
+    lines = [head, *rows] if head else list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _facts() -> dict[str, str]:

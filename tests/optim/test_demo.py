@@ -112,7 +112,7 @@ def test_every_task_reaches_the_trunk_and_its_own_head_only() -> None:
 def test_training_sum_is_training_on_the_summed_loss(pairs: tuple[data.Pairs, data.Pairs]) -> None:
     options = Options(steps=3, batch_size=16, seed=5)
     state = torch.get_rng_state()
-    run = train.train(Sum(), *pairs, options, lambda accuracies: None)
+    run = train.train(Sum(), "Sum", *pairs, options, lambda accuracies: None)
     assert state.equal(torch.get_rng_state())
 
     model = train._new_model(options.seed)
@@ -130,7 +130,7 @@ def test_training_sum_is_training_on_the_summed_loss(pairs: tuple[data.Pairs, da
 
 def test_conflicts_are_negative_cosines(pairs: tuple[data.Pairs, data.Pairs]) -> None:
     measured = []
-    run = train.train(Sum(), *pairs, Options(steps=12, batch_size=8), measured.append)
+    run = train.train(Sum(), "Sum", *pairs, Options(steps=12, batch_size=8), measured.append)
     assert len(measured) == 12
     assert run.cosines.shape == (12, 3, 3)
     assert run.conflicts.equal((run.cosines < 0).any(2).any(1))
@@ -192,7 +192,7 @@ def test_seed_backend_and_progress(small_run: Path, tmp_path: Path, capsys: pyte
 def test_any_number_of_methods_can_be_drawn(tmp_path: Path, count: int) -> None:
     steps = 200
     run = train.Run(
-        methods.get("sum")(), [0, steps], torch.rand(2, 3), torch.rand(steps, 3, 3) - 0.5,
+        methods.get("sum")(), "Sum", [0, steps], torch.rand(2, 3), torch.rand(steps, 3, 3) - 0.5,
         torch.ones(steps, dtype=torch.bool), {"combine": [1.0] * steps},
     )  # fmt: skip
     plots.draw([run] * count, tmp_path / "picture.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from pathlib import Path
 
@@ -17,7 +16,7 @@ class Options:
 
     Args:
         output: the folder for results.json and demo.png, made if missing.
-        methods: names that `mtl_optim.methods.get` knows.
+        methods: names that `mtl_optim.get_method` knows, with options as `specs.build` reads them.
         steps: optimizer steps per method.
         batch_size: images per step.
         seed: of the split, the images, the initialisation, the batches and the methods.
@@ -57,24 +56,18 @@ def _in_range(option: str, value: int, least: int, most: int | None = None) -> N
         raise ValueError(f"{option} {value} is out of range; expected {expected}")
 
 
-def _check_methods(names: tuple[str, ...]) -> None:
+def _check_methods(specs: tuple[str, ...]) -> None:
     from .. import methods
+    from .specs import label
 
-    if not names:
+    if not specs:
         raise ValueError(f"--methods needs at least one of {', '.join(methods.available())}")
     seen = set()
-    for name in names:
-        cls = methods.get(name)
-        if cls.name in seen:
-            raise ValueError(f"--methods names {name!r} twice; every method runs once")
-        seen.add(cls.name)
-        needed = [
-            parameter.name
-            for parameter in inspect.signature(cls).parameters.values()
-            if parameter.default is parameter.empty
-        ]
-        if needed:
-            raise ValueError(f"--methods {name} needs {', '.join(needed)}, which the demo has no option for")
+    for spec in specs:
+        name = label(spec)
+        if name in seen:
+            raise ValueError(f"--methods names {spec!r} twice; every method runs once")
+        seen.add(name)
 
 
 def _check_backend(backend: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import statistics
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,12 @@ from torch import Tensor
 import mtl_kernels
 from mtl_kernels import dispatch
 from mtl_kernels.config import config
-from mtl_optim import Method, methods
 
 from . import data, plots
 from .options import Options
+from .specs import build, label
 from .table import notes, table
-from .train import LEARNING_RATE, Run, label, time_one_backward, train
+from .train import LEARNING_RATE, Run, time_one_backward, train
 
 RESULTS = "results.json"
 PICTURE = "demo.png"
@@ -75,9 +74,9 @@ def _threads(wanted: int | None) -> Iterator[None]:
 def _train_all(train_set: data.Pairs, test_set: data.Pairs, options: Options, console: Console) -> list[Run]:
     runs = []
     with _progress(console, options.quiet) as progress:
-        chosen = [_method(name, options.seed) for name in options.methods]
-        lines = [progress.add_task(label(method), total=options.steps, start=False, note="") for method in chosen]
-        for method, line in zip(chosen, lines, strict=True):
+        names = [label(spec) for spec in options.methods]
+        lines = [progress.add_task(name, total=options.steps, start=False, note="") for name in names]
+        for spec, name, line in zip(options.methods, names, lines, strict=True):
             progress.start_task(line)
 
             def advance(accuracies: Tensor | None, line: bars.TaskID = line) -> None:
@@ -85,7 +84,7 @@ def _train_all(train_set: data.Pairs, test_set: data.Pairs, options: Options, co
                     progress.update(line, note=f"mean accuracy {100 * float(accuracies.mean()):.1f}%")
                 progress.advance(line)
 
-            runs.append(train(method, train_set, test_set, options, advance))
+            runs.append(train(build(spec, options.seed), name, train_set, test_set, options, advance))
     return runs
 
 
@@ -101,11 +100,6 @@ def _progress(console: Console, quiet: bool) -> bars.Progress:
         disable=quiet,
         refresh_per_second=4,  # it draws from a thread beside what is being timed
     )
-
-
-def _method(name: str, seed: int) -> Method:
-    cls = methods.get(name)
-    return cls(**{"seed": seed} if "seed" in inspect.signature(cls).parameters else {})
 
 
 def _results(runs: Sequence[Run], options: Options, one_backward: float) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Run:
     """What one method did.
 
     Attributes:
-        method: the instance that was used.
+        method: the instance that was used. label: what it is called in print.
         evaluated: the steps after which the accuracies were taken.
         accuracies: ``[len(evaluated), K]`` on the test images.
         cosines: ``[steps, K, K]`` between the task gradients of the shared parameters.
@@ -38,28 +38,21 @@ class Run:
     """
 
     method: Method
+    label: str
     evaluated: list[int]
     accuracies: Tensor
     cosines: Tensor
     conflicts: Tensor
     milliseconds: dict[str, list[float]]
 
-    @property
-    def label(self) -> str:
-        return label(self.method)
-
     def median(self, part: str) -> float:
         """The median time of a part, in milliseconds."""
         return statistics.median(self.milliseconds[part])
 
 
-def label(method: Method) -> str:
-    """What a method is called in print."""
-    return type(method).__name__
-
-
 def train(
     method: Method,
+    label: str,
     train_set: Pairs,
     test_set: Pairs,
     options: Options,
@@ -67,7 +60,7 @@ def train(
 ) -> Run:
     """Trains a new network; initialisation and batches depend on ``options.seed`` alone, not on the method.
 
-    ``advance`` is called after every step, with the test accuracies ``[K]`` where they were just measured.
+    ``label`` is what the method is called in print. ``advance`` is called after every step, with the test accuracies ``[K]`` where they were just measured.
     """
     model = _new_model(options.seed)
     adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
@@ -105,7 +98,9 @@ def train(
             accuracies.append(measured)
         advance(measured)
 
-    return Run(method, evaluated, torch.stack(accuracies), cosines(torch.stack(grams)), torch.stack(conflicts), times)
+    return Run(
+        method, label, evaluated, torch.stack(accuracies), cosines(torch.stack(grams)), torch.stack(conflicts), times
+    )
 
 
 def time_one_backward(train_set: Pairs, options: Options, steps: int = 30) -> float:

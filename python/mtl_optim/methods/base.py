@@ -21,6 +21,22 @@ class Weighted(NamedTuple):
     certificate: Tensor | None
 
 
+class About(NamedTuple):
+    """What a reader wants to know of a method before choosing it, in a few words each.
+
+    Attributes:
+        needs: what the weights depend on: "nothing", "Gram", "losses", "Gram and losses"...
+        state: what is kept between steps; "none".
+        guarantee: what holds for the combination d = J^T w.
+        cost: operations of a solve, for K tasks.
+    """
+
+    needs: str
+    state: str
+    guarantee: str
+    cost: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """A rule that turns the Gram matrix of the task gradients into one weight per task.
@@ -32,6 +48,8 @@ class Method:
 
     name: ClassVar[str]
     """What `mtl_optim.methods.get` finds the class by."""
+
+    about: ClassVar[About]
 
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtl_kernels import Solution
 
 from ..cuda_graphs import refuse_capture
-from .base import Method, check_active, check_gram, spread
+from .base import About, Method, check_active, check_gram, spread
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,6 +21,7 @@ class Sum(Method):
     """w = 1: the gradient of the sum of the losses."""
 
     name: ClassVar[str] = "sum"
+    about: ClassVar[About] = About("nothing", "none", "the gradient of the sum", "O(K)")
     needs_gram: ClassVar[bool] = False
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
@@ -35,6 +36,7 @@ class Mean(Method):
     """w = 1 / K over the active tasks: the gradient of the mean of the losses."""
 
     name: ClassVar[str] = "mean"
+    about: ClassVar[About] = About("nothing", "none", "the gradient of the mean", "O(K)")
     needs_gram: ClassVar[bool] = False
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
@@ -64,6 +66,7 @@ class Constant(Method):
     """
 
     name: ClassVar[str] = "constant"
+    about: ClassVar[About] = About("nothing", "none", "the gradient of a weighted sum", "O(K)")
     needs_gram: ClassVar[bool] = False
 
     weights_per_task: tuple[float, ...] | dict[str, float]

@@ -13,7 +13,7 @@ import mtl_kernels
 from mtl_kernels import Solution, SolverCall
 from mtl_kernels.solvers.min_norm import min_norm_options
 
-from .base import Method, check_active, check_choice, check_gram
+from .base import About, Method, check_active, check_choice, check_gram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class MGDA(Method):
     """
 
     name: ClassVar[str] = "mgda"
+    about: ClassVar[About] = About("Gram", "none", "no conflict; 0 where Pareto-stationary", "O(K^3), about K steps")
 
     normalize: Literal["none", "l2", "loss", "loss+"] = "none"
     solver: Literal["exact", "frank_wolfe"] = "exact"

@@ -13,7 +13,7 @@ from mtl_kernels import SolverCall
 from mtl_kernels.solvers.pcgrad import pcgrad_options
 
 from ..cuda_graphs import refuse_capture
-from .base import Method, check_choice
+from .base import About, Method, check_choice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +39,7 @@ class PCGrad(Method):
     """
 
     name: ClassVar[str] = "pcgrad"
+    about: ClassVar[About] = About("Gram", "random order", "two tasks: no conflict", "O(K^3)")
 
     order: Literal["random", "fixed"] = "random"
     reduction: Literal["sum", "mean"] = "sum"
