@@ -21,7 +21,7 @@ def table(runs: Sequence[Run], options: Options) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    result.add_column("method")
+    result.add_column("method", overflow="fold")
     for column in (*TASKS, "mean"):
         result.add_column(column.replace("-", "-\n"), justify="right")
     for column in ("steps in\nconflict", "forward +\nbackward", "combine", "step"):
@@ -29,7 +29,7 @@ def table(runs: Sequence[Run], options: Options) -> Table:
     for run in runs:
         final = run.accuracies[-1]
         result.add_row(
-            run.label,
+            run.label.replace("(", "\n(", 1),
             *(f"{100 * value:.1f}%" for value in (*final.tolist(), float(final.mean()))),
             f"{100 * float(run.conflicts.double().mean()):.0f}%",
             *(f"{run.median(part):.2f}" for part in run.milliseconds),

@@ -60,7 +60,8 @@ def train(
 ) -> Run:
     """Trains a new network; initialisation and batches depend on ``options.seed`` alone, not on the method.
 
-    ``label`` is what the method is called in print. ``advance`` is called after every step, with the test accuracies ``[K]`` where they were just measured.
+    ``label`` is what the method is called in print. ``advance`` is called after every step, with the test accuracies
+    ``[K]`` where they were just measured.
     """
     model = _new_model(options.seed)
     adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
