@@ -206,7 +206,8 @@ class CRMOGM(Wrapper):
         if weights is not None and weights.shape != gram.shape[:-1]:
             raise ValueError(
                 f"CRMOGM keeps weights of shape {list(weights.shape)} and was given a problem of "
-                f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state of as many"
+                f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state of "
+                "that shape"
             )
         if weights is None or weights.device != gram.device:
             refuse_capture("the weights that CRMOGM keeps would be set up")
