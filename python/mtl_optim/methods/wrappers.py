@@ -135,8 +135,7 @@ class CRMOGM(Wrapper):
     """Weights averaged over the steps: w_t = alpha w_{t-1} + (1 - alpha) f(G_t).
 
     Zhou et al. 2022 (On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS): the
-    average makes the weights depend less on the very gradients that they multiply. The paper lets alpha grow towards 1
-    as the learning rate falls; here it is a constant.
+    weights of a step are then not determined by its own stochastic gradients alone. Here alpha is a constant.
 
     Args:
         method: the method that is wrapped.
@@ -149,7 +148,8 @@ class CRMOGM(Wrapper):
     A task that is not active has weight 0, and its average stays as it was.
 
     ``state["weights"]`` is w_t, float64 ``[..., K]``, nan for a task that was never active. A Gram matrix that is not
-    finite leaves it as it was. There is no certificate: the average is no solution of the wrapped method's problem.
+    finite leaves it as it was. Its shape must not change: with one problem per parameter or param group, the same ones
+    have to be reached in every step. There is no certificate: the average does not solve the wrapped method's problem.
 
     Raises:
         TypeError, ValueError: no method, alpha is not a number in [0, 1], or an unknown start.
