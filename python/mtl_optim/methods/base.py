@@ -196,6 +196,10 @@ class Method:
         self.state.clear()
         self.state.update(loaded)
 
+    def reset(self) -> None:
+        """Clears the state: the next solve is like the first."""
+        self.state.clear()
+
 
 def check_choice(owner: str, option: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
