@@ -11,7 +11,7 @@ from torch import Tensor
 import mtl_kernels
 from mtl_kernels import Solution
 
-from .base import Method, check_active, check_gram
+from .base import About, Method, check_active, check_gram
 from .shares import equal_shares, finite_among
 
 
@@ -25,6 +25,7 @@ class GradNormBalance(Method):
     """
 
     name: ClassVar[str] = "gradnormbalance"
+    about: ClassVar[About] = About("Gram", "none", "every task as long a part of d", "O(K)")
     scales_with_gradient: ClassVar[bool] = False
     weighs_alone: ClassVar[bool] = True
 

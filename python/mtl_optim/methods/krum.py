@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl_kernels import Solution
 
-from .base import Method, check_active, check_gram
+from .base import About, Method, check_active, check_gram
 from .shares import equal_shares, finite_among
 
 
@@ -38,6 +38,7 @@ class Krum(Method):
     """
 
     name: ClassVar[str] = "krum"
+    about: ClassVar[About] = About("Gram", "none", "d is a row, or a mean of rows, near most others", "O(K^2 log K)")
 
     n_byzantine: int
     n_selected: int = 1

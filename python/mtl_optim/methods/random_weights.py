@@ -14,7 +14,7 @@ from mtl_kernels import Solution
 from mtl_kernels.rng import philox
 
 from ..cuda_graphs import refuse_capture
-from .base import Method, check_active, check_choice, check_gram
+from .base import About, Method, check_active, check_choice, check_gram
 from .shares import equal_shares, finite_among
 
 _WORD = 0xFFFFFFFF
@@ -44,6 +44,7 @@ class RandomWeights(Method):
     """
 
     name: ClassVar[str] = "randomweights"
+    about: ClassVar[About] = About("nothing", "random state", "none in a step; the mean over many", "O(K)")
     needs_gram: ClassVar[bool] = False
 
     distribution: Literal["normal", "uniform", "dirichlet", "bernoulli"] = "normal"

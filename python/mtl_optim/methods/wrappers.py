@@ -13,7 +13,7 @@ import mtl_kernels
 from mtl_kernels import Solution
 
 from ..cuda_graphs import refuse_capture
-from .base import Method, check_active, check_choice, check_gram
+from .base import About, Method, check_active, check_choice, check_gram
 from .shares import equal_shares, finite_among
 
 _INNER = "method."
@@ -111,6 +111,9 @@ class Normalized(Wrapper):
     """
 
     name: ClassVar[str] = "normalized"
+    about: ClassVar[About] = About(
+        "Gram, and what the method needs", "the method's", "the method's, for unit rows", "the method's"
+    )
     scales_with_gradient: ClassVar[bool] = False
     weighs_alone: ClassVar[bool] = True
 
@@ -156,6 +159,9 @@ class CRMOGM(Wrapper):
     """
 
     name: ClassVar[str] = "crmogm"
+    about: ClassVar[About] = About(
+        "what the method needs", "last weights, the method's", "the method's, on average", "the method's"
+    )
 
     alpha: float = 0.9
     start: Literal["first", "uniform"] = "first"
