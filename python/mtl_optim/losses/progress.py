@@ -115,7 +115,7 @@ class DynamicTaskPriority(WeightedLosses):
             )
         values = torch.where(valid, values, torch.full_like(values, -1.0)).to(self.average)
         moved = self.alpha * values + (1 - self.alpha) * self.average
-        self.average.copy_(torch.where(self.average.isnan() | (values < 0), values, moved))
+        self.average.copy_(torch.where((self.average > 0) & valid, moved, values))
 
     def weigh(self, losses: Tensor) -> Tensor:
         """The focal weights of the averaged indicators, ``[K]``."""

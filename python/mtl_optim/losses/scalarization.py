@@ -16,8 +16,8 @@ class STCH(LossCombination):
     Lin et al. 2024 (arXiv 2402.19078). The smaller mu, the closer to max_k lam_k (L_k - z*_k).
 
     With ``warmup`` = n > 0, the first n calls in training mode return sum_k log L_k and average the losses into a
-    nadir; after them L is replaced by log(L / nadir), as public code does. Losses <= 0 then raise ValueError on a CPU; on
-    other devices and in compiled code nan or -inf flows.
+    nadir; after them L is replaced by log(L / nadir), as public code does. Losses <= 0 then raise ValueError on a
+    CPU; on other devices and in compiled code nan or -inf flows.
 
     Args:
         num_tasks: K >= 1.
@@ -141,7 +141,8 @@ class PBI(LossCombination):
         offset = losses - self.reference.to(losses.dtype)
         along = (offset * direction).sum()
         across: Tensor = torch.linalg.vector_norm(offset - along * direction)
-        return along + self.theta * across
+        combined: Tensor = along + self.theta * across
+        return combined
 
 
 def _reference(owner: str, values: Tensor | Sequence[float] | None, num_tasks: int) -> Tensor:
