@@ -375,6 +375,21 @@ def test_two_calls_before_one_backward_pass() -> None:
         assert x.grad is not None and bool(x.grad.isfinite().all()), name
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_no_value_is_read_off_another_device(name: str) -> None:
+    """Tensors on "meta" have no values, so that whatever waits for one raises."""
+    module = MAKE[name]().to("meta")
+    x = torch.ones(K, device="meta", requires_grad=True)
+    for _ in range(2):
+        assert module(x).shape == ()
+        if isinstance(module, (L.FAMO, L.GradNorm, L.DynamicTaskPriority)):
+            module.update(torch.ones(K, device="meta"))
+        if isinstance(module, L.DynamicWeightAverage):
+            module.step()
+        if isinstance(module, L.LossBalancedTaskWeighting):
+            module.new_epoch()
+
+
 def test_a_forgotten_step_is_told_once() -> None:
     module = L.DynamicWeightAverage(2, warn_after=3)
     with pytest.warns(RuntimeWarning, match="without step") as told:

@@ -80,7 +80,7 @@ class InverseCurrentLoss(WeightedLosses):
 class GeometricMean(LossCombination):
     """(prod_k L_k)^(1/K), as exp of the mean logarithm.
 
-    Chennupati et al. 2019 ("MultiNet++", arXiv 1904.08492). Losses <= 0 raise ValueError on a CPU; on other
+    Chennupati et al. 2019 (CVPR workshops, "MultiNet++"). Losses <= 0 raise ValueError on a CPU; on other
     devices and in compiled code nan or 0 flows.
 
     Args:
