@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import methods
+from . import losses, methods
 from .catalog import MethodInfo, get_method, list_methods
 from .methods import *  # noqa: F403
 from .monitor.report import Report
@@ -16,6 +16,7 @@ __all__ = [
     "Report",
     "get_method",
     "list_methods",
+    "losses",
     "methods",
     *(name for name in methods.__all__ if name[0].isupper()),
 ]

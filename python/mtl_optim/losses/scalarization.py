@@ -1,0 +1,149 @@
+"""Scalarisations by a preference vector: STCH, COSMOS and PBI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import LossCombination, non_negative, positive, preference_vector, vector
+
+
+class STCH(LossCombination):
+    """Smooth Tchebycheff: mu logsumexp(lam (L - z*) / mu).
+
+    Lin et al. 2024 (arXiv 2402.19078). The smaller mu, the closer to max_k lam_k (L_k - z*_k).
+
+    With ``warmup`` = n > 0, the first n calls in training mode return sum_k log L_k and average the losses into a
+    nadir; after them L is replaced by log(L / nadir), as public code does. Losses <= 0 then raise ValueError on a
+    CPU; on other devices and in compiled code nan or -inf flows.
+
+    Args:
+        num_tasks: K >= 1.
+        mu: smoothing, a finite number > 0.
+        preference: lam, K numbers >= 0, some of them > 0; None is 1 / K each. It is used as given.
+        reference: z*, K finite numbers; None is 0.
+        warmup: calls to average the nadir over, an integer >= 0.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+    """
+
+    preference: Tensor
+    reference: Tensor
+    nadir: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        mu: float = 1.0,
+        preference: Tensor | Sequence[float] | None = None,
+        reference: Tensor | Sequence[float] | None = None,
+        warmup: int = 0,
+    ) -> None:
+        super().__init__(num_tasks)
+        self.mu = positive("STCH", "mu", mu)
+        if isinstance(warmup, bool) or not isinstance(warmup, int):
+            raise TypeError(f"STCH: expected warmup as an integer, found {warmup!r}")
+        self.warmup = int(non_negative("STCH", "warmup", warmup))
+        if preference is None:
+            self.register_buffer("preference", torch.full((num_tasks,), 1 / num_tasks))
+        else:
+            self.register_buffer("preference", preference_vector("STCH", preference, num_tasks))
+        self.register_buffer("reference", _reference("STCH", reference, num_tasks))
+        self.register_buffer("nadir", torch.zeros(num_tasks))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """The definition, or the sum of logarithms during the warm-up."""
+        if self.warmup == 0:
+            return self._smooth_maximum(losses)
+        self.require_positive(losses, "the logarithm is taken")
+        warming = self.seen < self.warmup
+        if self.training:
+            seen = self.seen + 1
+            mean = self.nadir + (losses.detach().to(self.nadir.dtype) - self.nadir) / seen
+            self.nadir.copy_(torch.where(warming, mean, self.nadir))
+            self.seen.copy_(torch.where(warming, seen, self.seen))
+        logs = losses.log()
+        # Before the first call in training mode there is no nadir, and the branch below is not the one taken.
+        nadir = torch.where(self.nadir > 0, self.nadir, torch.ones_like(self.nadir))
+        return torch.where(warming, logs.sum(), self._smooth_maximum(logs - nadir.log()))
+
+    def _smooth_maximum(self, values: Tensor) -> Tensor:
+        scaled = self.preference.to(values.dtype) * (values - self.reference.to(values.dtype))
+        return self.mu * torch.logsumexp(scaled / self.mu, 0)
+
+
+class COSMOS(LossCombination):
+    """lam^T L - mu cos(lam, L), which rewards losses in the direction of the preference.
+
+    Ruchte & Grabocka 2021 (arXiv 2103.13392).
+
+    Args:
+        preference: lam, K numbers >= 0, some of them > 0. It is used as given.
+        mu: weight of the cosine, a finite number >= 0.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+    """
+
+    preference: Tensor
+
+    def __init__(self, preference: Tensor | Sequence[float], mu: float) -> None:
+        lam = preference_vector("COSMOS", preference)
+        super().__init__(lam.shape[0])
+        self.mu = non_negative("COSMOS", "mu", mu)
+        self.register_buffer("preference", lam)
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """The definition; the cosine counts as 0 where every loss is 0."""
+        lam = self.preference.to(losses.dtype)
+        return (lam * losses).sum() - self.mu * torch.cosine_similarity(lam, losses, dim=0)
+
+
+class PBI(LossCombination):
+    """Penalty-based boundary intersection: d1 + theta d2, of L - z* along the direction of the preference.
+
+    Zhang & Li 2007 (IEEE TEVC, "MOEA/D"). d1 is the signed length of the projection on lam / ||lam||, d2 the distance
+    to it. At d2 = 0 the gradient of d2 is taken as 0.
+
+    Args:
+        preference: lam, K numbers >= 0, some of them > 0; its length does not matter.
+        theta: penalty, a finite number >= 0.
+        reference: z*, K finite numbers; None is 0.
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+    """
+
+    preference: Tensor
+    reference: Tensor
+
+    def __init__(
+        self,
+        preference: Tensor | Sequence[float],
+        theta: float,
+        reference: Tensor | Sequence[float] | None = None,
+    ) -> None:
+        lam = preference_vector("PBI", preference)
+        super().__init__(lam.shape[0])
+        self.theta = non_negative("PBI", "theta", theta)
+        self.register_buffer("preference", lam)
+        self.register_buffer("reference", _reference("PBI", reference, lam.shape[0]))
+
+    def combine(self, losses: Tensor) -> Tensor:
+        """The definition."""
+        lam = self.preference.to(losses.dtype)
+        direction = lam / torch.linalg.vector_norm(lam)
+        offset = losses - self.reference.to(losses.dtype)
+        along = (offset * direction).sum()
+        across: Tensor = torch.linalg.vector_norm(offset - along * direction)
+        combined: Tensor = along + self.theta * across
+        return combined
+
+
+def _reference(owner: str, values: Tensor | Sequence[float] | None, num_tasks: int) -> Tensor:
+    return torch.zeros(num_tasks) if values is None else vector(owner, "reference", values, num_tasks)
