@@ -65,7 +65,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
             weighted backward pass with the last weights. Needs granularity="model". A step with other tasks or
             parameters, with `task` blocks or with ``accumulate=True`` computes them anew, as do the one after
-            gradients that were not finite and one with 16-bit losses, which would round the weights.
+            gradients that were not finite and one with 16-bit losses, which would round the weights. Which task reaches
+            which parameter must be as in the step that the weights are of: it is not looked at again.
         outside: what becomes of gradients of tensors that are not in the optimizer: "sum" adds the plain sum to their
             ``.grad``, as ``backward()`` does; "keep" leaves it as it is. In `task` blocks, whose backward passes are
             not this optimizer's, "keep" covers what earlier calls of `backward` reached and what other

@@ -101,10 +101,11 @@ class OptimizerWrapper(Optimizer):
 
     @property  # type: ignore[override]
     def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizers' defaults; those of the first that has one."""
-        if len(self.optimizers) == 1:
-            return self.optimizers[0].defaults
-        return {key: value for optimizer in reversed(self.optimizers) for key, value in optimizer.defaults.items()}
+        """The wrapped optimizers' defaults: of several, what all of them have, with the values of the first."""
+        first, *others = (optimizer.defaults for optimizer in self.optimizers)
+        if not others:
+            return first
+        return {key: value for key, value in first.items() if all(key in defaults for defaults in others)}
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
@@ -144,7 +145,14 @@ class OptimizerWrapper(Optimizer):
         return joined
 
     def _load_state_dict_wrapped(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `_state_dict_wrapped` returned."""
+        """Loads what `_state_dict_wrapped` returned; a group that says nothing of ``mtl`` leaves ours as it is."""
+        before = [group.get("mtl") for group in self.param_groups]
+        self._load_each(state_dict)
+        for group, mtl in zip(self.param_groups, before, strict=True):
+            if mtl is not None:
+                group.setdefault("mtl", mtl)
+
+    def _load_each(self, state_dict: dict[str, Any]) -> None:
         if len(self.optimizers) == 1:
             self.optimizers[0].load_state_dict(state_dict)
             return

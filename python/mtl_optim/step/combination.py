@@ -57,7 +57,7 @@ class Combiner:
         options, method = self._options, self._options.method.bound_to(tasks)
         group_of = parameters.group_of
         reached_by = [[k for k, row in enumerate(rows) if row[p] is not None] for p in range(len(group_of))]
-        shared = self._shared(reached_by, parameters.managed) if method.weighs_alone else None
+        shared = self._shared(tasks, reached_by, parameters.managed) if method.weighs_alone else None
         if shared is None:
             shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
         together = set(shared)
@@ -84,20 +84,22 @@ class Combiner:
         report = Report(tasks, gram, weights, active, certificate, problems)
         return Combined(grads, owner, report)
 
-    def _shared(self, reached_by: Sequence[Sequence[int]], params: Sequence[Tensor]) -> list[int] | None:
-        """What to weight where one task is there alone: all it reaches but known heads. None in any other step.
+    def _shared(
+        self, names: tuple[str, ...], reached_by: Sequence[Sequence[int]], params: Sequence[Tensor]
+    ) -> list[int] | None:
+        """What to weight where one task is there alone: all it reaches but its known heads. None in any other step.
 
-        A parameter is known as a head once a step of several tasks had a single one reach it.
+        A parameter is known as a task's head once a step of several tasks had that one alone reach it.
         """
         present = {k for tasks in reached_by for k in tasks}
         if len(present) > 1:
             for param, tasks in zip(params, reached_by, strict=True):
                 if len(tasks) == 1:
-                    self._heads[param] = True
+                    self._heads[param] = names[tasks[0]]
                 elif tasks:
                     self._heads.pop(param, None)
             return None
-        return [p for p, tasks in enumerate(reached_by) if tasks and params[p] not in self._heads]
+        return [p for p, tasks in enumerate(reached_by) if tasks and self._heads.get(params[p]) != names[tasks[0]]]
 
     def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
         """The problem of each shared parameter, and what the problems stand for."""

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..capture.grads import Row, is_plain
 
-_READ_VALUES = ("__array__", "__deepcopy__", "__reduce_ex__", "__repr__", "numpy", "tolist")
+_READ_VALUES = ("__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "__repr__", "data_ptr", "numpy", "tolist")
 """Methods that come by the values without an operation."""
 
 
@@ -42,15 +42,22 @@ class LazyGrad(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         if func is torch.ops.aten.add_.Tensor and isinstance(args[0], cls) and args[0]._accumulates():
-            lazy, grad = args[0], args[1]
-            lazy.added = grad.clone() if lazy.added is None else lazy.added.add_(grad)
-            return lazy
+            args[0]._add(args[1], **(kwargs or {}))
+            return args[0]
         args, kwargs = tree_map_only(cls, cls.combined, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def _accumulates(self) -> bool:
         """Whether a backward pass adds a gradient, rather than somebody looking."""
         return torch._C._current_graph_task_id() != -1 and self._param.grad is self
+
+    def _add(self, grad: Tensor, alpha: float = 1) -> None:
+        if self.added is not None:
+            self.added.add_(grad, alpha=alpha)
+        elif alpha == 1 and grad.shape == self.shape and grad.dtype == self.dtype:
+            self.added = grad.clone()
+        else:
+            self.added = torch.zeros(self.shape, dtype=self.dtype, device=self.device).add_(grad, alpha=alpha)
 
     def combined(self) -> Tensor:
         """The combined gradient.

@@ -29,7 +29,8 @@ def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
     """
     found = Parameters([], [], [])
     for g, group in enumerate(groups):
-        wanted = [param for param in group["params"] if param.requires_grad]
+        # By identity: a tied weight that a group lists twice has one gradient.
+        wanted = list({id(param): param for param in group["params"] if param.requires_grad}.values())
         if group.get("mtl", True):
             found.managed.extend(wanted)
             found.group_of.extend([g] * len(wanted))

@@ -57,11 +57,11 @@ class Pending:
     def check_params(self, params: Sequence[Tensor]) -> None:
         """Looks whether the rows still belong to this step and these parameters.
 
-        Where all gradients were cleared since they were captured, without `zero_grad` of this optimizer, the step was
-        abandoned: the rows are dropped, with a warning.
+        Where all gradients were cleared or replaced since they were captured, without `zero_grad` of this optimizer,
+        the step was abandoned: the rows are dropped, with a warning.
 
         Raises:
-            RuntimeError: they were captured over other parameters, or some of the gradients were cleared.
+            RuntimeError: they were captured over other parameters, or some of the gradients were cleared or replaced.
         """
         if not self.rows:
             return
@@ -69,19 +69,20 @@ class Pending:
             raise RuntimeError(
                 "the parameters that require grad changed since tasks were captured; call zero_grad() and capture again"
             )
-        there = [param.grad is not None for param, lazy in zip(params, self._lazy, strict=True) if lazy is not None]
+        there = [param.grad is lazy for param, lazy in zip(params, self._lazy, strict=True) if lazy is not None]
         if all(there):
             return
         if any(there):
             raise RuntimeError(
-                f"the gradients of {there.count(False)} of {len(there)} parameters were cleared (model.zero_grad(), or "
-                ".grad = None) while captured rows wait to be combined. To abandon the step call opt.zero_grad(); to "
-                "drop single gradients call opt.combine() before you clear them"
+                f"the gradients of {there.count(False)} of {len(there)} parameters were cleared or replaced "
+                "(model.zero_grad(), .grad = ...) while captured rows wait to be combined. To abandon the step call "
+                "opt.zero_grad(); to drop or replace single gradients call opt.combine() before you do"
             )
+        captured = ", ".join(map(repr, self.rows))
         warn_user(
-            f"the gradients were cleared without opt.zero_grad() after {', '.join(map(repr, self.rows))} had been "
-            "captured: the step counts as abandoned, and its rows were dropped. Call opt.zero_grad() instead of "
-            "model.zero_grad() or opt.optimizer.zero_grad()"
+            f"the gradients were cleared or replaced without opt.zero_grad() after {captured} had been captured: the "
+            "step counts as abandoned, and its rows were dropped. Call opt.zero_grad() instead of model.zero_grad() or "
+            "opt.optimizer.zero_grad(), and opt.combine() before you set gradients yourself"
         )
         self.clear()
 

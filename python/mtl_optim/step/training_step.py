@@ -244,6 +244,9 @@ class TrainingStep:
         self.check_idle("combine()")
         parameters = self.parameters()
         self.pending.check_params(parameters.managed)
+        if not self.pending.rows and self.progress.read_early and any(p.grad is not None for p in parameters.managed):
+            self.progress.read_early = False  # whoever looked has combined them
+            return
         if not self.pending.rows:
             raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
         pending = self.pending
@@ -307,7 +310,8 @@ class TrainingStep:
             raise RuntimeError(
                 f"{what} after the rows of this step were combined, because a gradient was read (clipping, logging, a "
                 "scaler) before all tasks were captured. Read gradients after the last task; call opt.combine() first "
-                "to add one combination to another, or opt.zero_grad() if that step was abandoned"
+                "to add one combination to another, or opt.zero_grad() if that step was abandoned or skipped (by a "
+                "scaler) and its gradients were set to zero another way"
             )
         self.progress.read_early = False
 
