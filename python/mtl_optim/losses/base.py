@@ -25,7 +25,7 @@ class LossCombination(nn.Module):
         TypeError, ValueError: ``num_tasks`` is no integer >= 1.
     """
 
-    def __init__(self, num_tasks: int | None) -> None:
+    def __init__(self, num_tasks: int | None = None) -> None:
         super().__init__()
         name = type(self).__name__
         if num_tasks is not None:

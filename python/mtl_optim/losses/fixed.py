@@ -68,9 +68,6 @@ class InverseCurrentLoss(WeightedLosses):
         TypeError, ValueError: ``num_tasks`` is no integer >= 1.
     """
 
-    def __init__(self, num_tasks: int | None = None) -> None:
-        super().__init__(num_tasks)
-
     def weigh(self, losses: Tensor) -> Tensor:
         """1 / L_k, ``[K]``."""
         self.require_positive(losses, "the inverse is the weight")
@@ -90,9 +87,6 @@ class GeometricMean(LossCombination):
         TypeError, ValueError: ``num_tasks`` is no integer >= 1.
     """
 
-    def __init__(self, num_tasks: int | None = None) -> None:
-        super().__init__(num_tasks)
-
     def combine(self, losses: Tensor) -> Tensor:
         """The definition."""
         self.require_positive(losses, "the logarithm is taken")
@@ -110,9 +104,6 @@ class LogSum(LossCombination):
     Raises:
         TypeError, ValueError: ``num_tasks`` is no integer >= 1.
     """
-
-    def __init__(self, num_tasks: int | None = None) -> None:
-        super().__init__(num_tasks)
 
     def combine(self, losses: Tensor) -> Tensor:
         """The definition."""

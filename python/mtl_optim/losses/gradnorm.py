@@ -94,9 +94,9 @@ class GradNorm(WeightedLosses):
             raise TypeError(
                 "GradNorm: no parameters to measure norms on; pass parameters= when creating it, or norms here"
             )
-        squares = []
+        norms = []
         for loss in self.gather(losses):
             grads = torch.autograd.grad(loss, self._measured, retain_graph=True, allow_unused=True)
             parts = [torch.linalg.vector_norm(grad) for grad in grads if grad is not None]
-            squares.append(torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros_like(loss))
-        return torch.stack(squares).detach()
+            norms.append(torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros_like(loss))
+        return torch.stack(norms).detach()

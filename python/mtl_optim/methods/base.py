@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 import mtl_kernels
 from mtl_kernels import RowTable, Solution, SolverCall, ops, ranges
+
+from ..cuda_graphs import refuse_capture
 
 
 class Weighted(NamedTuple):
@@ -199,6 +201,24 @@ class Method:
     def reset(self) -> None:
         """Clears the state: the next solve is like the first."""
         self.state.clear()
+
+    def _kept(self, key: str, device: torch.device, new: Callable[[], Tensor]) -> Tensor:
+        """``state[key]`` on ``device``: moved there where it is elsewhere, ``new()`` where there is none yet."""
+        kept = self.state.get(key)
+        if kept is None or kept.device != device:
+            refuse_capture(f"the {key} that {type(self).__name__} keeps would be set up")
+            # A tensor made in inference mode could not be written to outside it.
+            with torch.inference_mode(False):
+                kept = self.state[key] = new() if kept is None else kept.to(device)
+        return kept
+
+
+def check_seed(owner: str, seed: object) -> None:
+    """Raise unless ``seed`` is an integer in 0..2**63-1."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{owner}: expected an integer seed, found {seed!r}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{owner}: expected a seed in 0..2**63-1, found {seed}")
 
 
 def check_choice(owner: str, option: str, value: object, choices: Sequence[str]) -> None:

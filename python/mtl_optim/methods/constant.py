@@ -14,6 +14,7 @@ from mtl_kernels import Solution
 
 from ..cuda_graphs import refuse_capture
 from .base import About, Method, check_active, check_gram, spread
+from .shares import equal_shares
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,11 +44,7 @@ class Mean(Method):
         """Weight 1 / (number of active tasks) on every active task; see `Method.solve`."""
         check_gram("Mean", gram)
         check_active("Mean", gram, active)
-        if active is None:
-            shape, value = gram.shape[:-1], 1.0 / gram.shape[-1]
-            return Solution(torch.full(shape, value, dtype=torch.float64, device=gram.device))
-        share = active.sum(-1, keepdim=True).clamp(min=1).double().reciprocal()
-        return Solution(spread("Mean", gram, share, active))
+        return Solution(equal_shares(gram, active))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False)

@@ -12,8 +12,7 @@ import mtl_kernels
 from mtl_kernels import SolverCall
 from mtl_kernels.solvers.pcgrad import pcgrad_options
 
-from ..cuda_graphs import refuse_capture
-from .base import About, Method, check_choice
+from .base import About, Method, check_choice, check_seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,10 +47,7 @@ class PCGrad(Method):
     def __post_init__(self) -> None:
         check_choice("PCGrad", "order", self.order, ("random", "fixed"))
         check_choice("PCGrad", "reduction", self.reduction, ("sum", "mean"))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"PCGrad: expected an integer seed, found {self.seed!r}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"PCGrad: expected a seed in 0..2**63-1, found {self.seed}")
+        check_seed("PCGrad", self.seed)
 
     def solver_call(self, device: torch.device) -> SolverCall:
         """Solver "pcgrad", in closed form: the summed coefficients of the projected gradients."""
@@ -65,11 +61,4 @@ class PCGrad(Method):
         )
 
     def _rng(self, device: torch.device) -> Tensor:
-        rng = self.state.get("rng")
-        if rng is None or rng.device != device:
-            refuse_capture("PCGrad's random state would be set up")
-            # A tensor made in inference mode could not be advanced outside it.
-            with torch.inference_mode(False):
-                rng = mtl_kernels.rng_state(self.seed, device=device) if rng is None else rng.to(device)
-        self.state["rng"] = rng
-        return rng
+        return self._kept("rng", device, lambda: mtl_kernels.rng_state(self.seed, device=device))

@@ -13,8 +13,7 @@ import mtl_kernels
 from mtl_kernels import Solution
 from mtl_kernels.rng import philox
 
-from ..cuda_graphs import refuse_capture
-from .base import About, Method, check_active, check_choice, check_gram
+from .base import About, Method, check_active, check_choice, check_gram, check_seed
 from .shares import equal_shares, finite_among
 
 _WORD = 0xFFFFFFFF
@@ -54,10 +53,7 @@ class RandomWeights(Method):
         check_choice(
             "RandomWeights", "distribution", self.distribution, ("normal", "uniform", "dirichlet", "bernoulli")
         )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"RandomWeights: expected an integer seed, found {self.seed!r}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"RandomWeights: expected a seed in 0..2**63-1, found {self.seed}")
+        check_seed("RandomWeights", self.seed)
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """Random weights >= 0 with sum 1 over the active tasks, drawn apart for every problem; see `Method.solve`."""
@@ -82,14 +78,7 @@ class RandomWeights(Method):
         return Solution(torch.where(drawn, share / total, equal))
 
     def _rng(self, device: torch.device) -> Tensor:
-        rng = self.state.get("rng")
-        if rng is None or rng.device != device:
-            refuse_capture("the random state of RandomWeights would be set up")
-            # A tensor made in inference mode could not be advanced outside it.
-            with torch.inference_mode(False):
-                rng = mtl_kernels.rng_state(self.seed, device=device) if rng is None else rng.to(device)
-        self.state["rng"] = rng
-        return rng
+        return self._kept("rng", device, lambda: mtl_kernels.rng_state(self.seed, device=device))
 
 
 def _uniform_pair(rng: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -19,4 +19,4 @@ def equal_shares(gram: Tensor, active: Tensor | None) -> Tensor:
     if active is None:
         return torch.full(gram.shape[:-1], 1.0 / gram.shape[-1], dtype=torch.float64, device=gram.device)
     count = active.sum(-1, keepdim=True).clamp(min=1).double()
-    return torch.where(active, count.reciprocal(), 0.0).expand(gram.shape[:-1])
+    return torch.where(active, count.reciprocal(), 0.0).expand(gram.shape[:-1]).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -12,7 +13,6 @@ from torch import Tensor
 import mtl_kernels
 from mtl_kernels import Solution
 
-from ..cuda_graphs import refuse_capture
 from .base import About, Method, check_active, check_choice, check_gram
 from .shares import equal_shares, finite_among
 
@@ -215,13 +215,5 @@ class CRMOGM(Wrapper):
                 f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state of "
                 "that shape"
             )
-        if weights is None or weights.device != gram.device:
-            refuse_capture("the weights that CRMOGM keeps would be set up")
-            # A tensor made in inference mode could not be written to outside it.
-            with torch.inference_mode(False):
-                if weights is None:
-                    weights = torch.full(gram.shape[:-1], torch.nan, dtype=torch.float64, device=gram.device)
-                else:
-                    weights = weights.to(gram.device)
-        self.state["weights"] = weights
-        return weights
+        new = functools.partial(torch.full, gram.shape[:-1], torch.nan, dtype=torch.float64, device=gram.device)
+        return self._kept("weights", gram.device, new)

@@ -244,10 +244,10 @@ class TrainingStep:
         self.check_idle("combine()")
         parameters = self.parameters()
         self.pending.check_params(parameters.managed)
-        if not self.pending.rows and self.progress.read_early and any(p.grad is not None for p in parameters.managed):
-            self.progress.read_early = False  # whoever looked has combined them
-            return
         if not self.pending.rows:
+            if self._combined_by_a_look(parameters):
+                self.progress.read_early = False
+                return
             raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
         pending = self.pending
         combined = self._combined(self.progress.tasks, pending.rows, pending.losses, parameters, True)
@@ -303,10 +303,14 @@ class TrainingStep:
         """Whether gradients outside the optimizer are left as they are."""
         return self.options.outside == "keep"
 
+    def _combined_by_a_look(self, parameters: Parameters) -> bool:
+        """Whether somebody who read a gradient had the rows of this step combined, and the result is still there."""
+        return self.progress.read_early and any(param.grad is not None for param in parameters.managed)
+
     def _check_continues(self, what: str, parameters: Parameters) -> None:
         """Raise RuntimeError where what is captured next would not belong to the rows or gradients that are there."""
         self.pending.check_params(parameters.managed)
-        if self.progress.read_early and any(param.grad is not None for param in parameters.managed):
+        if self._combined_by_a_look(parameters):
             raise RuntimeError(
                 f"{what} after the rows of this step were combined, because a gradient was read (clipping, logging, a "
                 "scaler) before all tasks were captured. Read gradients after the last task; call opt.combine() first "
