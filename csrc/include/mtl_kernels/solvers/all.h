@@ -2,6 +2,7 @@
 
 // The one list of solvers; every backend instantiates from it.
 
+#include "mtl_kernels/solvers/dual_cone.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
 
@@ -10,6 +11,6 @@ namespace mtl {
 template <class... Solvers>
 struct SolverList {};
 
-using AllSolvers = SolverList<Pcgrad, MinNorm>;
+using AllSolvers = SolverList<Pcgrad, MinNorm, Upgrad, Dualproj, Pcd>;
 
 }  // namespace mtl
