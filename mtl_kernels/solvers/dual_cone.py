@@ -46,7 +46,7 @@ def upgrad_weights(
     Raises:
         ValueError, TypeError: a reg that is not a finite number >= 0, or tensors of the wrong shape, dtype or device.
     """
-    return _solve("upgrad", gram, dual_cone_options(reg), ("pref", pref), active, backend)
+    return _solve("upgrad", gram, pref, reg, active, backend)
 
 
 def dualproj_weights(
@@ -61,25 +61,30 @@ def dualproj_weights(
 
     Arguments, returns and raises are those of `upgrad_weights`, with one problem, whose sum of p_k n_k is 1, for K.
     """
-    return _solve("dualproj", gram, dual_cone_options(reg), ("pref", pref), active, backend)
+    return _solve("dualproj", gram, pref, reg, active, backend)
 
 
 def pcd_weights(
     gram: Tensor,
     *,
-    scale: Tensor | None = None,
+    state: Tensor | None = None,
     tau: float = 0.02,
+    beta: float = 0.999,
+    eps: float = 1e-8,
     active: Tensor | None = None,
     backend: str | None = None,
 ) -> Solution:
     """Priority-constrained descent (Varam & AlHajri 2026, arXiv 2606.29521) of the first active task before the others.
 
     With a_k = s_k g_k: the d nearest to a_1 with a_k'd >= tau ||a_k||^2 for all other k, times ||g_1|| / ||d||.
+    s_k = 1 / sqrt(vhat_k + eps), vhat_k the average of G_kk that forgets by beta, corrected for its start.
 
     Args:
         gram: ``[..., K, K]``, used in float64. Not finite among the active tasks: 1 / K_active for each.
-        scale: s, numbers > 0, ``[K]`` or ``[..., K]``; default 1.
-        tau: a number >= 0.
+        state: float64 ``[..., 2 K]``, the averages v_k and the numbers of steps t_k, zeros at first. Changed in place,
+            but for problems that are not finite and tasks that are not active. None: a first step.
+        tau, eps: numbers >= 0.
+        beta: a number in [0, 1).
         active: bool ``[K]`` or ``[..., K]``; other tasks take no part and get weight 0.
         backend: see `mtl_kernels.use_backend`.
 
@@ -91,14 +96,21 @@ def pcd_weights(
         that combination. Weights 0 where g_1 = 0, and where the nearest d is 0, which takes tau = 0.
 
     Raises:
-        ValueError, TypeError: a tau that is not a finite number >= 0, or tensors of the wrong shape, dtype or device.
+        ValueError, TypeError: an option out of range, or tensors of the wrong shape, dtype or device.
     """
-    return _solve("pcd", gram, pcd_options(tau), ("scale", scale), active, backend)
+    options = pcd_options(tau, beta, eps)
+    if state is None:
+        checks.check_gram(gram)
+        state = torch.zeros(*gram.shape[:-2], 2 * gram.shape[-1], dtype=torch.float64, device=gram.device)
+    return Solution.of(*ops.solve(gram, SolverCall("pcd", options, active, state=state), backend=backend))
 
 
-def pcd_options(tau: float) -> tuple[float, ...]:
-    """The options of solver "pcd". Raise ValueError unless tau is a finite number >= 0."""
-    return (_at_least_zero("tau", tau),)
+def pcd_options(tau: float, beta: float, eps: float) -> tuple[float, ...]:
+    """The options of solver "pcd". Raise ValueError for those that `pcd_weights` refuses."""
+    options = (_at_least_zero("tau", tau), _at_least_zero("beta", beta), _at_least_zero("eps", eps))
+    if not beta < 1:
+        raise ValueError(f"expected beta < 1, found {beta!r}")
+    return options
 
 
 def dual_cone_options(reg: float) -> tuple[float, ...]:
@@ -113,18 +125,13 @@ def _at_least_zero(name: str, value: float) -> float:
 
 
 def _solve(
-    solver: str,
-    gram: Tensor,
-    options: tuple[float, ...],
-    per_task: tuple[str, Tensor | None],
-    active: Tensor | None,
-    backend: str | None,
+    solver: str, gram: Tensor, pref: Tensor | None, reg: float, active: Tensor | None, backend: str | None
 ) -> Solution:
-    name, inputs = per_task
-    if inputs is not None:
+    options = dual_cone_options(reg)
+    if pref is not None:
         checks.check_gram(gram)
-        inputs = checks.per_task(inputs, gram, name, torch.float64)
-    return Solution.of(*ops.solve(gram, SolverCall(solver, options, active, inputs=inputs), backend=backend))
+        pref = checks.per_task(pref, gram, "pref", torch.float64)
+    return Solution.of(*ops.solve(gram, SolverCall(solver, options, active, inputs=pref), backend=backend))
 
 
 @defines("upgrad", num_options=1)
@@ -154,15 +161,16 @@ def dualproj_definition(problem: Problem) -> Answer:
     return Answer(pref + y * length / torch.where(norm > 0, norm, 1.0), residual, steps)
 
 
-@defines("pcd", num_options=1)
+@defines("pcd", num_options=3, state_doubles=lambda num_tasks: 2 * num_tasks, scale_free=False)
 def pcd_definition(problem: Problem) -> Answer:
-    """a_1, moved to where it meets the others, in the length of g_1; options: (tau,)."""
+    """a_1, moved to where it meets the others, in the length of g_1; options: (tau, beta, eps)."""
+    tau, beta, eps = problem.options
     cosines, norm = _unit_rows(problem, 0.0)
-    length = norm if problem.inputs is None else norm * problem.inputs
+    length = norm * _next_scale(problem, beta, eps)
     first = torch.eye(len(norm), dtype=norm.dtype, device="cpu")[0]
     if norm[0] == 0:
         return Answer(torch.zeros_like(norm))
-    (tau,), others = problem.options, (norm > 0).nonzero().flatten()[1:]
+    others = (norm > 0).nonzero().flatten()[1:]
     rounding = 8 * _EPSILON * len(norm)
     if tau > 0 and len(others):
         among = cosines[others][:, others]
@@ -177,6 +185,16 @@ def pcd_definition(problem: Problem) -> Answer:
     if tau == 0 and square <= rounding * v.sum() ** 2:
         return Answer(torch.zeros_like(norm), residual, steps)
     return Answer(v / square.sqrt() * norm[0] / torch.where(norm > 0, norm, 1.0), residual, steps)
+
+
+def _next_scale(problem: Problem, beta: float, eps: float) -> Tensor:
+    """s of the active tasks, from the state that the step leaves."""
+    if problem.state is None:
+        raise ValueError('solver "pcd" needs a state')
+    v, t = problem.state.view(2, problem.num_tasks)
+    v[problem.tasks] = beta * v[problem.tasks] + (1 - beta) * problem.gram.diagonal()
+    t[problem.tasks] += 1
+    return (v / (1 - beta**t) + eps)[problem.tasks].rsqrt()
 
 
 def _preference(problem: Problem) -> Tensor:

@@ -10,10 +10,12 @@
 // The conditions are (Hv)_j >= 0, = 0 where v_j > p_j; so w is in conflict with row j by at most
 // reg trace(G) w_j and that violation. A zero row has nothing to be in conflict with: its weight is p_j.
 //
-// Pcd (Varam & AlHajri 2026, arXiv 2606.29521): with a_j = s_j g_j (inputs s; 1 each without) and the first
-// active task 1, the d nearest to a_1 with a_j'd >= tau ||a_j||^2 for all others, scaled to the length of
-// g_1.
-//   options: {tau}
+// Pcd (Varam & AlHajri 2026, arXiv 2606.29521): the first active task, 1, before the others. With
+// a_j = s_j g_j and s_j = 1 / sqrt(vhat_j + eps): the d nearest to a_1 with a_j'd >= tau ||a_j||^2 for all
+// others, scaled to the length of g_1.
+//   options: {tau, beta, eps}
+//   state: {v_j} and {t_j}, 0 at first. A step adds 1 to t_j of the active tasks, and v_j <- beta v_j +
+//   (1 - beta) G_jj, vhat_j = v_j / (1 - beta^t_j).
 //   certificate: {the largest violation of the conditions, for unit rows and lengths of a_1 and of the
 //   largest tau a_j that sum to 1; rows that entered the support}
 // Where no d meets them, w is 1 on the first task alone, and the certificate {the square of a convex
@@ -39,6 +41,8 @@ struct Upgrad {
   static constexpr int num_options = 1;
   static constexpr bool independent_rows = true;
   MTL_HD static bool needs_rng(const double*) { return false; }
+
+  MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 
   // 1.3 MB at K = 128.
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
@@ -114,6 +118,8 @@ struct Dualproj {
   static constexpr bool independent_rows = false;
   MTL_HD static bool needs_rng(const double*) { return false; }
 
+  MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
+
   // 77 KB at K = 128.
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return UnitRows::doubles(num_tasks) + DualCone<SerialTeam>::scratch_doubles(num_tasks);
@@ -147,10 +153,12 @@ struct Dualproj {
 
 struct Pcd {
   static constexpr const char* name = "pcd";
-  static constexpr int num_options = 1;
+  static constexpr int num_options = 3;
   static constexpr bool independent_rows = false;
   MTL_HD static bool needs_rng(const double*) { return false; }
-
+  MTL_HD static constexpr std::size_t state_doubles(int num_tasks) {
+    return std::size_t{2} * static_cast<std::size_t>(num_tasks);
+  }
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return Dualproj::scratch_doubles(num_tasks);
   }
@@ -161,42 +169,48 @@ struct Pcd {
     if (num_active == 0) return;
     int first = 0;
     while (!p.is_active(first)) ++first;
-    const UnitRows unit(team, p, 0.0, p.scratch);
     const double tau = p.options[0];
+    const UnitRows unit(team, p, 0.0, p.scratch);
+    DualCone<Team> cone(team, p, unit, num_active, p.scratch + UnitRows::doubles(p.num_tasks));
+    double own = 0.0;
     double negated = 0.0;
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
-      const double target = j == first ? 0.0 : -tau * scaled_norm(p, unit, j);
-      negated = target < negated ? target : negated;
+      const double length = p.is_active(j) ? next_scale(p, j) * unit.norm[j] : 0.0;
+      cone.q()[j] = j == first ? length : 0.0;
+      cone.t()[j] = j == first ? 0.0 : tau * length;
+      own += cone.q()[j];
+      negated = -cone.t()[j] < negated ? -cone.t()[j] : negated;
     }
-    const double length = scaled_norm(p, unit, first) - team.min(negated);
-    DualCone<Team> cone(team, p, unit, num_active, p.scratch + UnitRows::doubles(p.num_tasks));
+    const double sum = team.sum(own) - team.min(negated);
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
-      const double share = length > 0.0 ? scaled_norm(p, unit, j) / length : 0.0;
-      cone.q()[j] = j == first ? share : 0.0;
-      cone.t()[j] = j == first ? 0.0 : tau * share;
+      cone.q()[j] = sum > 0.0 ? cone.q()[j] / sum : 0.0;
+      cone.t()[j] = sum > 0.0 ? cone.t()[j] / sum : 0.0;
     }
     team.sync();
-    const int iterations = cone.solve(first);
-    const double residual = cone.residual();
     const bool is_zero = !(unit.norm[first] > 0.0);
-    double square = 0.0;
-    if (!cone.is_unbounded() && !is_zero) {
-      square = cone.square();
-      if (!(square > (tau > 0.0 ? 0.0 : cone.rounding_of_square()))) square = 0.0;
-    }
+    const int iterations = is_zero ? 0 : cone.solve(first);
+    const double residual = is_zero ? 0.0 : cone.residual();
+    const bool is_alone = !is_zero && cone.is_unbounded();
+    double square = is_zero || is_alone ? 0.0 : cone.square();
+    if (!(square > (tau > 0.0 ? 0.0 : cone.rounding_of_square()))) square = 0.0;
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
-      double weight = j == first && !is_zero && cone.is_unbounded() ? 1.0 : 0.0;
-      const double v = cone.q()[j] + cone.y()[j];
-      if (square > 0.0 && v > 0.0) weight = v / sqrt(square) * (unit.norm[first] / unit.norm[j]);
-      p.weights[j] = weight;
+      p.weights[j] = is_alone && j == first ? 1.0 : 0.0;
+      if (square > 0.0 && unit.norm[j] > 0.0)
+        p.weights[j] = (cone.q()[j] + cone.y()[j]) / sqrt(square) * (unit.norm[first] / unit.norm[j]);
     }
     set_certificate(team, p, residual, iterations);
     team.sync();
   }
 
  private:
-  MTL_HD static double scaled_norm(const Problem& p, const UnitRows& unit, int task) {
-    return p.inputs == nullptr || !p.is_active(task) ? unit.norm[task] : p.inputs[task] * unit.norm[task];
+  // s_j, from the state that the step leaves.
+  MTL_HD static double next_scale(const Problem& p, int task) {
+    const double beta = p.options[1];
+    double* v = p.state + task;
+    double* t = v + p.num_tasks;
+    *v = beta * *v + (1.0 - beta) * p.row(task)[task];
+    *t += 1.0;
+    return 1.0 / sqrt(*v / (1.0 - pow(beta, *t)) + p.options[2]);
   }
 };
 
