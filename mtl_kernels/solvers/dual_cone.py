@@ -194,7 +194,8 @@ def _next_scale(problem: Problem, beta: float, eps: float) -> Tensor:
     v, t = problem.state.view(2, problem.num_tasks)
     v[problem.tasks] = beta * v[problem.tasks] + (1 - beta) * problem.gram.diagonal()
     t[problem.tasks] += 1
-    return (v / (1 - beta**t) + eps)[problem.tasks].rsqrt()
+    vhat: Tensor = v / (1 - beta**t)
+    return (vhat[problem.tasks] + eps).rsqrt()
 
 
 def _preference(problem: Problem) -> Tensor:

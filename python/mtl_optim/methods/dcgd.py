@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-import mtl_kernels
 from mtl_kernels import Solution
 
 from .base import About, Method, check_active, check_choice, check_gram
@@ -26,8 +25,8 @@ class DCGD(Method):
       w_k = (n_1 + n_2) / (2 n_k).
     - "projection": s where it is in the dual cone, else g_i projected onto the normal plane of g_k, for the k with
       g_k's < 0: the nearest point of the cone.
-    - "average": s where it is in the dual cone, else the mean of g_1 projected onto the normal plane of g_2 and g_2 onto
-      that of g_1: w_k = (1 - G_12 / n_k^2) / 2.
+    - "average": s where it is in the dual cone, else the mean of both projections, of g_1 onto the normal plane of g_2
+      and of g_2 onto that of g_1: w_k = (1 - G_12 / n_k^2) / 2.
 
     A zero gradient takes no part, whatever the variant; d is then the other one. Where gradients are opposite d = 0, as
     such a point is stationary. A task that is not active counts as if its gradient were zero, with weight 0.
@@ -62,19 +61,17 @@ class DCGD(Method):
             )
         gram, equal = gram.double(), equal_shares(gram, active)
         there = equal > 0
-        norm = mtl_kernels.norms(gram)
-        cosine = mtl_kernels.cosines(gram)[..., 0, 1].unsqueeze(-1)
-        other = norm.flip(-1)
+        square, product = gram.diagonal(dim1=-2, dim2=-1), gram[..., 0, 1].unsqueeze(-1)
         if self.variant == "center":
-            weights = 0.5 + 0.5 * other / norm
+            norm = square.sqrt()
+            weights = 0.5 + 0.5 * norm.flip(-1) / norm
         else:
-            # How much of g_k its own plane takes away from the other gradient, and where s is outside that plane.
-            taken = -cosine * other / norm
-            outside = norm + cosine * other < 0
+            outside = square + product < 0
+            onto_plane = -product / square  # the weight of g_k in the projection of the other onto its normal plane
             if self.variant == "average":
-                weights = torch.where(outside.any(-1, keepdim=True), 0.5 + 0.5 * taken, 1.0)
+                weights = torch.where(outside.any(-1, keepdim=True), 0.5 + 0.5 * onto_plane, 1.0)
             else:
-                weights = torch.where(outside, taken, 1.0)
-        alone = (norm == 0).any(-1, keepdim=True) | ~there.all(-1, keepdim=True)
+                weights = torch.where(outside, onto_plane, 1.0)
+        alone = ((square == 0) | ~there).any(-1, keepdim=True)
         weights = torch.where(there, torch.where(alone, 1.0, weights), 0.0)
         return Solution(torch.where(finite_among(gram, active), weights, equal))

@@ -11,7 +11,7 @@ from mtl_kernels import SolverCall
 from mtl_kernels.solvers.dual_cone import dual_cone_options
 
 from .base import About
-from .preference import Preferring, check_preference
+from .preference import Preferring
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class _Projecting(Preferring):
     reg: float = 1e-4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pref", check_preference(type(self).__name__, self.pref))
+        super().__post_init__()
         try:
             dual_cone_options(self.reg)
         except ValueError as error:

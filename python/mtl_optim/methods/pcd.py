@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import mtl_kernels
-from mtl_kernels import Solution
+from mtl_kernels import Solution, SolverCall, ops
 from mtl_kernels.solvers.dual_cone import pcd_options
 
 from .base import About, Method, check_active, check_gram
@@ -36,8 +35,8 @@ class PCD(Method):
 
     ``state["averages"]`` is, float64 ``[..., 2 K]``, the averages before correction, and how many steps each task was
     there. A Gram matrix that is not finite leaves them as they were; so does every step for tasks that are not active.
-    Their shape must not change: with one problem per parameter or param group, the same ones have to be reached in every
-    step. Averages of gradients that a GradScaler has scaled differently say nothing, so it refuses to run with one.
+    Their shape must not change: with one problem per parameter or param group, the same ones have to be reached in
+    every step. Averages of gradients that a GradScaler has scaled differently say nothing: it refuses to run with one.
 
     The certificate is how far the conditions are from being met, or what shows that they cannot be; see
     `mtl_kernels.pcd_weights`.
@@ -68,9 +67,8 @@ class PCD(Method):
         """
         check_gram("PCD", gram)
         check_active("PCD", gram, active)
-        return mtl_kernels.pcd_weights(
-            gram, state=self._averages(gram), tau=self.tau, beta=self.beta, eps=self.eps, active=active
-        )
+        call = SolverCall("pcd", pcd_options(self.tau, self.beta, self.eps), active, state=self._averages(gram))
+        return Solution.of(*ops.solve(gram, call))
 
     def _averages(self, gram: Tensor) -> Tensor:
         """``state["averages"]`` on the device of ``gram``."""
@@ -78,8 +76,8 @@ class PCD(Method):
         kept = self.state.get("averages")
         if kept is not None and kept.shape != shape:
             raise ValueError(
-                f"PCD keeps averages for a problem of shape {[*kept.shape[:-1], kept.shape[-1] // 2]} and was given one "
-                f"of {list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state "
+                f"PCD keeps averages of shape {list(kept.shape)}, expected {list(shape)} for a problem of "
+                f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state "
                 "of that shape"
             )
         new = functools.partial(torch.zeros, shape, dtype=torch.float64, device=gram.device)
