@@ -84,9 +84,8 @@ class DualCone {
     while (iterations < cap && !is_unbounded_) {
       const int entering = find_violation();
       if (entering >= 0) {
-        ++iterations;
         polished = 0;
-        enter(entering);
+        iterations += enter_with(entering);
         settle();
       } else {
         if (size_ == 0 || polished == kMostPolishes || !polish()) break;
@@ -178,8 +177,9 @@ class DualCone {
   // them, and as long as some y is negative without these.
   MTL_HD void start() {
     for (int j = 0; j < num_tasks_; ++j) {
-      if ((state_[j] & kExcluded) == 0 && gradient()[j] < -rounding() * length_) enter(j);
-      if (size_ > 0 && hardly_differs()) drop(size_ - 1);
+      if (state_[j] != 0 || !(gradient()[j] < -rounding() * length_)) continue;
+      enter(j);
+      if (hardly_differs()) drop(size_ - 1);
     }
     for (bool again = size_ > 0; again;) {
       find_step();
@@ -210,6 +210,21 @@ class DualCone {
     ++size_;
   }
 
+  // Puts a row there, and those that are violated half as much. Returns how many. With targets it comes
+  // alone, for `settle` to see whether it cancels others.
+  MTL_HD int enter_with(int task) {
+    if (has_targets_) {
+      enter(task);
+      return 1;
+    }
+    const int before = size_;
+    const double half = 0.5 * gradient()[task];
+    for (int j = 0; j < num_tasks_; ++j) {
+      if (state_[j] == 0 && gradient()[j] <= half) enter(j);
+    }
+    return size_ - before;
+  }
+
   // Takes the row at a place in the support out of it.
   MTL_HD void drop(int place) {
     if (team_.rank() == 0) {
@@ -222,10 +237,7 @@ class DualCone {
   }
 
   // Whether the last row of the support is all but dependent on the others: within 1e-4 of their span.
-  MTL_HD bool hardly_differs() const {
-    const double pivot = factor_.at(size_ - 1)[size_ - 1];
-    return pivot < 1e-4;
-  }
+  MTL_HD bool hardly_differs() const { return factor_.at(size_ - 1)[size_ - 1] < 1e-4; }
 
   // column = what takes y to the minimizer over the support.
   MTL_HD void find_step() {
