@@ -143,7 +143,7 @@ def upgrad_definition(problem: Problem) -> Answer:
     for i in torch.nonzero(pref * norm).flatten():
         q = torch.zeros_like(pref)
         q[i] = 1.0
-        y, residual, count = into_cone(cosines, q)
+        y, residual, count = _into_cone(cosines, q)
         weights += y * (pref[i] * norm[i]) / torch.where(norm > 0, norm, 1.0)
         gap, steps = max(gap, residual), steps + count
     return Answer(weights, gap, steps)
@@ -157,7 +157,7 @@ def dualproj_definition(problem: Problem) -> Answer:
     length = pref @ norm
     if length == 0:
         return Answer(pref)
-    y, residual, steps = into_cone(cosines, pref * norm / length)
+    y, residual, steps = _into_cone(cosines, pref * norm / length)
     return Answer(pref + y * length / torch.where(norm > 0, norm, 1.0), residual, steps)
 
 
@@ -179,7 +179,7 @@ def pcd_definition(problem: Problem) -> Answer:
             return Answer(first, max(left, 0.0), steps)
     target = tau * length * (1 - first)
     unit = length[0] + target.max()
-    y, residual, steps = into_cone(cosines, first * length[0] / unit, target / unit)
+    y, residual, steps = _into_cone(cosines, first * length[0] / unit, target / unit)
     v = y + first * length[0] / unit
     square = v @ cosines @ v
     if tau == 0 and square <= rounding * v.sum() ** 2:
@@ -217,44 +217,53 @@ def _unit_rows(problem: Problem, reg: float) -> tuple[Tensor, Tensor]:
     return cosines + there.double().diag(), norm
 
 
-def into_cone(cosines: Tensor, q: Tensor, target: Tensor | None = None) -> tuple[Tensor, float, int]:
-    """The y >= 0 with r = C (q + y) >= 0 and y'r = 0, how far it is from that, and the number of steps.
+def _into_cone(cosines: Tensor, q: Tensor, target: Tensor | None = None) -> tuple[Tensor, float, int]:
+    """The y >= 0 with r = C (q + y) >= 0 and y'r = 0, how far it is from that, and the number of rows that entered.
 
-    With a target, r = C (q + y) - target, and y_1 = 0 whatever r_1.
-
-    Block principal pivoting (Judice & Pires 1994): all rows on the wrong side change it, and where that did not help
-    for a while the last one alone. C + mu I, mu its rounding, has such a y; one more step takes mu away.
+    With a target, r = C (q + y) - target, and y_1 = 0 whatever r_1 is. Lawson & Hanson 1974, from y = 0: the row with
+    the least r enters, and y moves to where r is 0 on its support, dropping rows that would turn negative on the way.
     """
-    mu = 4 * _EPSILON * len(q)
-    support = torch.zeros_like(q, dtype=torch.bool)
-    free = cosines.diagonal() > 0
-    start = cosines @ q
+    start, free = cosines @ q, cosines.diagonal() > 0
     if target is not None:
         start, free = start - target, free & (torch.arange(len(q), device="cpu") > 0)
-    least, patience, steps = len(q) + 1, 3, 0
-    while True:
-        y = _minimizer(cosines, start, support, mu)
-        r = cosines @ y + start + mu * y
-        wrong = free & torch.where(support, y < 0, r < -mu * (1 + y.abs().sum()))
-        count = int(wrong.sum())
-        if count == 0 or steps > 50 * len(q):
+    y, fixed = torch.zeros_like(q), float(q.sum() + (0 if target is None else target.max()))
+    support, entered, value, count = torch.zeros_like(free), torch.zeros_like(free), 0.0, 0
+    while count < 10 * len(q) + 40:
+        r = cosines @ y + start
+        rounding = 2 * _EPSILON * len(q) * (fixed + float(y.sum()))
+        # A row enters once only until the value falls, so that rounding makes no cycle.
+        if (found := float(y @ (r + start)) / 2) < value - rounding * (fixed + float(y.sum())):
+            value = found
+            entered.zero_()
+        below = free & ~support & ~entered & (r < -rounding)
+        if not below.any():
             break
-        steps += 1
-        patience = 3 if count < least else patience - 1
-        least = min(count, least)
-        if patience < 0:
-            wrong[: int(wrong.nonzero().max())] = False
-        support = support ^ wrong
+        entering = r.where(below, torch.inf).argmin()
+        support[entering] = entered[entering] = True
+        y = _settled(cosines, start, support, y)
+        count += 1
     for _ in range(2):
-        y = (y + _minimizer(cosines, cosines @ y + start, support, mu)).clamp(min=0)
+        y = _settled(cosines, start, support, y)
     r = torch.where(free, cosines @ y + start, 0.0)
-    return y, float(torch.where(y > 0, r.abs(), (-r).clamp(min=0)).max()), steps
+    return y, float(torch.where(support, r.abs(), (-r).clamp(min=0)).max()), count
 
 
-def _minimizer(cosines: Tensor, start: Tensor, support: Tensor, mu: float) -> Tensor:
-    """y with (C y + start + mu y)_j = 0 on the support, 0 elsewhere."""
-    y, own = torch.zeros_like(start), support.nonzero().flatten()
-    if len(own):
+def _settled(cosines: Tensor, start: Tensor, support: Tensor, y: Tensor) -> Tensor:
+    """y where (C y + start)_j = 0 on the support, from which rows are taken whose y reaches 0 on the way there.
+
+    mu I makes the matrix positive definite, and is not felt but where C alone says next to nothing.
+    """
+    mu = 4 * _EPSILON * len(y)
+    while support.any():
+        own = support.nonzero().flatten()
         matrix = cosines[own][:, own] + mu * torch.eye(len(own), dtype=y.dtype, device="cpu")
-        y[own] = torch.linalg.solve(matrix, -start[own])
+        step = torch.zeros_like(y)
+        step[own] = torch.linalg.solve(matrix, -(cosines @ y + start)[own])
+        leaving = support & (y + step <= 0)
+        if not leaving.any():
+            return y + step
+        share = torch.where(leaving, torch.where(y > 0, y / -step, 0.0), torch.inf)
+        first = share.argmin()
+        y = (y + share[first] * step).clamp(min=0)
+        y[first], support[first] = 0.0, False
     return y

@@ -253,7 +253,7 @@ class DualCone {
     while (size_ > 0) {
       find_step();
       const IndexedValue leaving = first_to_leave();
-      if (leaving.index < 0 && has_targets_ && hardly_differs()) {
+      if (leaving.index < 0 && has_targets_ && hardly_turns()) {
         if (cancels()) return;
         find_step();
       }
@@ -267,6 +267,20 @@ class DualCone {
       drop(leaving.index);
       evaluate_support<false>();
     }
+  }
+
+  // Whether the square of the combination that the step is, for unit rows and a sum of 1, may be rounding:
+  // with that of mu it is -step'r.
+  MTL_HD bool hardly_turns() const {
+    double product = 0.0;
+    double length = 0.0;
+    for (int k = team_.rank(); k < size_; k += team_.size()) {
+      product -= column()[k] * gradient()[support_[k]];
+      length += column()[k];
+    }
+    product = team_.sum(product);
+    length = team_.sum(length);
+    return length > 0.0 && product <= 4.0 * floor_ * length * length;
   }
 
   // Whether the step, which every y survives, is one that could go on for ever: a combination of rows that
