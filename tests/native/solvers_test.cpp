@@ -102,6 +102,7 @@ class ThreadTeam {
   int lane() const { return 0; }
   double from_lane(double x, int) const { return x; }
   unsigned least(unsigned x) const { return x; }
+  mtl::SerialTeam as_team() const { return {}; }
 
  private:
   std::vector<mtl::IndexedValue> exchange(mtl::IndexedValue mine) const {

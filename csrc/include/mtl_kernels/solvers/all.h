@@ -2,6 +2,7 @@
 
 // The one list of solvers; every backend instantiates from it.
 
+#include "mtl_kernels/solvers/dual_cone.h"
 #include "mtl_kernels/solvers/krum.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
@@ -22,6 +23,6 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<Krum, RandomWeights>;
+using AllSolvers = FusedSolvers::Then<Dualproj, Krum, Pcd, RandomWeights, Upgrad>;
 
 }  // namespace mtl
