@@ -47,10 +47,9 @@ def nash_mtl_weights(
         backend: see `mtl_kernels.use_backend`.
 
     Returns:
-        `Solution`: weights; gap = max_i |w_i (G w)_i - 1| before the clip, or 1 where there is no solution;
-        iterations. Rows that nearly cancel take part in w_i (G w)_i as large terms of a small sum, so that the rounding
-        of w alone leaves a gap of about 1e-16 max_i w_i sum_j |G_ij| w_j. Where that is more than about 1e-2, G does not
-        determine w, and there is no solution either.
+        `Solution`: weights; gap = max_i |(G w)_i - 1 / w_i| / (1 / w_i + sum_j |G_ij| w_j) before the clip, by how much
+        the entries of G would have to change for w to be exact; 1 where there is no solution; iterations. Rows that
+        cancel to less than about 1e-7 of their length count as having none: that is near the rounding of G.
 
     Raises:
         ValueError, TypeError: a negative or nan max_norm, an unknown choice, or tensors of the wrong shape, dtype or
@@ -87,9 +86,9 @@ def fairgrad_weights(
         backend: see `mtl_kernels.use_backend`.
 
     Returns:
-        `Solution`: weights; gap = max_i |w_i^(1/alpha) (G w)_i - 1|, or 1 where there is no solution, with the rounding
-        that `nash_mtl_weights` tells of; iterations. Zero rows are left out and get weight 0. Where a convex combination
-        of the others is zero, no step improves every task: w = 0.
+        `Solution`: weights; gap = max_i |(G w)_i - s_i| / (s_i + sum_j |G_ij| w_j) with s = w^(-1/alpha), as that of
+        `nash_mtl_weights`; iterations. Zero rows are left out and get weight 0. Where a convex combination of the
+        others is zero, no step improves every task: w = 0, and gap 1.
 
     Raises:
         ValueError, TypeError: an alpha out of range, or tensors of the wrong shape, dtype or device.
@@ -108,7 +107,7 @@ def fairgrad_options(alpha: float) -> tuple[float, ...]:
 
 @defines("nash_mtl", num_options=2, state_doubles=lambda num_tasks: num_tasks, scale_free=False)
 def nash_mtl(problem: Problem) -> Answer:
-    """G w = 1 / w, or the last w; then ||J^T w|| <= max_norm; options: (max_norm, skip zero rows), state: the last w."""
+    """G w = 1 / w, or the last w; then ||J^T w|| <= max_norm. Options: (max_norm, skip zero rows); state: last w."""
     gram, (max_norm, skip) = problem.gram, problem.options
     tasks, last = torch.tensor(problem.tasks, device="cpu"), problem.state
     if last is None:
@@ -127,7 +126,7 @@ def nash_mtl(problem: Problem) -> Answer:
 
 @defines("fairgrad", num_options=1, scale_free=False)
 def fairgrad(problem: Problem) -> Answer:
-    """G w = w^(-1/alpha), or 0; options: (alpha,)."""
+    """G w = w^(-1/alpha), or 0. Options: (alpha,)."""
     gram, (alpha,) = problem.gram, problem.options
     w = torch.zeros_like(gram[0])
     if alpha == 0:

@@ -12,7 +12,8 @@
 //   options: {alpha; 0 is the mean}
 // Zero rows get weight 0. Where there is no solution, w = 0.
 //
-//   certificate of both: {max |w^(1/alpha) (G w) - 1| before the clip, or 1 where there is no solution; iterations}
+//   certificate of both: {max |G w - s| / (s + |G| w) with s = w^(-1/alpha), before the clip, or 1 where there is
+//   no solution; iterations}
 
 #include "mtl_kernels/fair_newton.h"
 
