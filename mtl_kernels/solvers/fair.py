@@ -163,7 +163,10 @@ def _solve(gram: Tensor, alpha: float) -> tuple[Tensor, float, int] | None:
         step = -root * torch.linalg.solve(matrix, root * slopes)
         change = max((step / x).abs().tolist(), default=0.0)
         if change <= 4 * _EPSILON * len(x) or (change < 1e-4 and change > last / 4):
-            errors = slopes.abs() / (s + (gram / norm / norm.unsqueeze(1)).abs() @ x)
+            terms = (gram / norm / norm.unsqueeze(1)).abs() @ x
+            if ((root * torch.linalg.solve(matrix, root * terms)).abs() * _CERTAIN > x).any():
+                return None  # what rounding may be of these terms could be as large as a weight
+            errors = slopes.abs() / (s + terms)
             return x / norm * unit ** (1 - 2 / (1 + b)), max(errors.tolist(), default=0.0), iteration
         part = min(1.0, 0.99 / max((-step / x).max().item(), 0.99))
         while change > 1e-3 and gradient(x + part * step)[0] @ step > -0.25 * (slopes @ step):

@@ -2,20 +2,21 @@
 
 // w > 0 with G w = w^(-beta), beta = 1/alpha > 0: the minimizer of the convex potential
 //   w'Gw/2 - sum of w^(1-beta) / (1-beta)        (- sum of log w for beta = 1),
-// which is bounded below if and only if no convex combination of the rows is zero. Newton's method on unit rows:
-// with n the norms, C the cosines and x = n w the equations are C x = s, s_i = a_i x_i^-beta, a_i = n_i^(beta-1).
+// which is bounded below if and only if no convex combination of the rows is zero. Newton's method on unit
+// rows: with n the norms, C the cosines and x = n w the equations are C x = s, s_i = a_i x_i^-beta, a_i =
+// n_i^(beta-1).
 //
-// A step solves (S C S + beta I) v = S (s - C x), S = sqrt(x / s), dx = S v: a matrix with no eigenvalue below
-// beta. How far a step is good depends on what it is linear in. Of a task that its own weight decides, that is
-// x. One that the others decide (x < beta s, the diagonal of S C S less than beta) has its weight follow:
-// its step is linear in s, to which C (x + dx) is added up as if it were exact, and x_i = (s_i / a_i)^-alpha.
-// Without the second kind, weights that have to fall by many orders of magnitude, as those of a large alpha do,
-// would fall by one a step. A step is cut short where x or s would turn negative, then halved until the potential
-// falls in proportion.
+// A step solves (S C S + beta I) v = S (s - C x), S = sqrt(x / s), dx = S v: a matrix with no eigenvalue
+// below beta. How far a step is good depends on what it is linear in. Of a task that its own weight decides,
+// that is x. One that the others decide (x < beta s, the diagonal of S C S less than beta) has its weight
+// follow: its step is linear in s, to which C (x + dx) is added up as if it were exact, and x_i = (s_i /
+// a_i)^-alpha. Without the second kind, weights that have to fall by many orders of magnitude, as those of a
+// large alpha do, would fall by one a step. A step is cut short where x or s would turn negative, then halved
+// until the potential falls in proportion.
 //
-// Rows that nearly cancel make x large and C x a small difference, so C x is taken in compensated sums: what is
-// left is the rounding of x and of G. Where the rows, in the proportions of x, leave no more than that, the problem
-// counts as one without a solution.
+// Rows that nearly cancel make x large and C x a small difference, so C x is taken in compensated sums: what
+// is left is the rounding of x and of G. Where the rows, in the proportions of x, leave no more than that,
+// the problem counts as one without a solution.
 
 #include <cfloat>
 
@@ -64,21 +65,19 @@ class FairNewton {
       find_step();
       const double change = measure_step();
       if (!(slope_ <= 0.0 && change <= DBL_MAX)) return false;
-      if (change <= 4.0 * DBL_EPSILON * size_ || (change < 1e-4 && change > 0.25 * last)) return true;
+      if (change <= 4.0 * DBL_EPSILON * size_ || (change < 1e-4 && change > 0.25 * last)) return is_certain();
       last = change;
       if (!move(change)) return false;
     }
     return false;
   }
 
-  // max over the tasks of |s - C x| / (s + |C| x), the relative change of entries of G that would make w exact.
+  // max over the tasks of |s - C x| / (s + |C| x), the relative change of entries of G that would make w
+  // exact.
   MTL_HD double residual() const {
     double negated = 0.0;
     for (int a = team_.rank(); a < size_; a += team_.size()) {
-      double total = 0.0;
-      MTL_NO_UNROLL
-      for (int b = 0; b < size_; ++b) total += fabs(entry(a, b)) * inverse_norm_[b] * x_[b];
-      const double error = -fabs(s_[a] - product_[a]) / (s_[a] + total * inverse_norm_[a]);
+      const double error = -fabs(s_[a] - product_[a]) / (s_[a] + terms(a));
       if (error < negated) negated = error;
     }
     return -team_.min(negated);
@@ -160,13 +159,11 @@ class FairNewton {
     return !(square() > kCertain * length * length);
   }
 
-  // step_ = dx, column_ = C dx.
+  // step_ = dx, column_ = C dx of the next step.
   MTL_HD void find_step() {
     for (int a = team_.rank(); a < size_; a += team_.size()) {
-      const double root = sqrt(x_[a] / s_[a]);
-      step_[a] = root * (s_[a] - product_[a]);
-      column_[a] = root * inverse_norm_[a];
-      next_x_[a] = root;
+      column_[a] = root(a) * inverse_norm_[a];
+      step_[a] = s_[a] - product_[a];
     }
     team_.sync();
     for (int a = team_.squad(); a < size_; a += team_.num_squads()) {
@@ -176,10 +173,19 @@ class FairNewton {
     }
     team_.sync();
     factor_.factor(team_, size_, 0.5 * beta_);
+    respond();
+  }
+
+  MTL_HD double root(int a) const { return sqrt(x_[a] / s_[a]); }
+
+  // step_: from a change of s - C x to the change dx that makes up for it; column_ = C dx.
+  MTL_HD void respond() {
+    for (int a = team_.rank(); a < size_; a += team_.size()) step_[a] *= root(a);
+    team_.sync();
     factor_.forward_substitute(team_, size_, step_);
     factor_.back_substitute(team_, size_, step_);
     for (int a = team_.rank(); a < size_; a += team_.size()) {
-      step_[a] *= next_x_[a];
+      step_[a] *= root(a);
       next_x_[a] = step_[a] * inverse_norm_[a];
     }
     team_.sync();
@@ -192,10 +198,29 @@ class FairNewton {
     team_.sync();
   }
 
+  // (|C| x)_a.
+  MTL_HD double terms(int a) const {
+    double total = 0.0;
+    MTL_NO_UNROLL
+    for (int b = 0; b < size_; ++b) total += fabs(entry(a, b)) * inverse_norm_[b] * x_[b];
+    return total * inverse_norm_[a];
+  }
+
+  // Whether all weights would keep their size if the rows, but for rounding, cancelled more. By the last
+  // factor.
+  MTL_HD bool is_certain() {
+    for (int a = team_.rank(); a < size_; a += team_.size()) step_[a] = kCertain * terms(a);
+    team_.sync();
+    respond();
+    bool lost = false;
+    for (int a = team_.rank(); a < size_; a += team_.size()) lost = lost || fabs(step_[a]) > x_[a];
+    return !team_.any(lost);
+  }
+
   MTL_HD bool follows(int a) const { return x_[a] < beta_ * s_[a]; }
 
-  // step_: the relative change of x, or of s for a task that follows. Returns the largest; `longest_` is the part
-  // of the step that keeps all positive, `slope_` what the potential changes along it.
+  // step_: the relative change of x, or of s for a task that follows. Returns the largest; `longest_` is the
+  // part of the step that keeps all positive, `slope_` what the potential changes along it.
   MTL_HD double measure_step() {
     double slope = 0.0;
     double negated = 0.0;

@@ -71,7 +71,8 @@ struct PackedCholesky {
     return pivot;
   }
 
-  // Factors the n x n matrix whose upper triangle is in place: row k at at(k). Pivots below `floor` count as it.
+  // Factors the n x n matrix whose upper triangle is in place: row k at at(k). Pivots below `floor` count as
+  // it.
   template <class Team>
   MTL_HD void factor(const Team& team, int n, double floor) const {
     for (int k = 0; k < n; ++k) {

@@ -12,8 +12,8 @@
 //   options: {alpha; 0 is the mean}
 // Zero rows get weight 0. Where there is no solution, w = 0.
 //
-//   certificate of both: {max |G w - s| / (s + |G| w) with s = w^(-1/alpha), before the clip, or 1 where there is
-//   no solution; iterations}
+//   certificate of both: {max |G w - s| / (s + |G| w) with s = w^(-1/alpha), before the clip, or 1 where
+//   there is no solution; iterations}
 
 #include "mtl_kernels/fair_newton.h"
 
@@ -24,7 +24,9 @@ struct NashMtl {
   static constexpr int num_options = 2;
   static constexpr bool independent_rows = false;
   MTL_HD static bool needs_rng(const double*) { return false; }
-  MTL_HD static constexpr std::size_t state_doubles(int num_tasks) { return static_cast<std::size_t>(num_tasks); }
+  MTL_HD static constexpr std::size_t state_doubles(int num_tasks) {
+    return static_cast<std::size_t>(num_tasks);
+  }
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return FairNewton<SerialTeam>::scratch_doubles(num_tasks);
   }
