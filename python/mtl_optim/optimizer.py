@@ -63,7 +63,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the
             same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
-            weighted backward pass with the last weights. Needs granularity="model". A step with other tasks or
+            weighted backward pass with the last weights. ``None`` goes by the method's own ``refresh_every``, which is
+            1 for most. More than 1 needs granularity="model". A step with other tasks or
             parameters, with `task` blocks or with ``accumulate=True`` computes them anew, as do the one after
             gradients that were not finite and one with 16-bit losses, which would round the weights. Which task reaches
             which parameter must be as in the step that the weights are of: it is not looked at again.
@@ -86,7 +87,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: str = "none",
         granularity: str = "model",
         capture: str = "harvest",
-        refresh_every: int = 1,
+        refresh_every: int | None = None,
         outside: str = "sum",
         tasks: Sequence[str] | None = None,
     ) -> None:

@@ -33,7 +33,7 @@ class Options:
     head_scaling: str = "none"
     granularity: str = "model"
     capture: str = "harvest"
-    refresh_every: int = 1
+    refresh_every: int | None = None
     outside: str = "sum"
     fixed_tasks: tuple[str, ...] | None = None
 
@@ -47,7 +47,7 @@ class Options:
         check_choice(OWNER, "granularity", self.granularity, ("model", "group", "parameter"))
         check_choice(OWNER, "capture", self.capture, tuple(CAPTURES))
         check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
-        every = self.refresh_every
+        every = self.every
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"{OWNER}: expected refresh_every as an integer, found {every!r}")
         if every < 1:
@@ -57,6 +57,11 @@ class Options:
                 f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
                 'does not have; use granularity="model" or refresh_every=1'
             )
+
+    @property
+    def every(self) -> int:
+        """``refresh_every``, or the method's own."""
+        return self.method.refresh_every if self.refresh_every is None else self.refresh_every
 
     def __repr__(self) -> str:
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "fixed_tasks"]

@@ -56,6 +56,11 @@ class Method:
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
+    def refresh_every(self) -> int:
+        """What a `MultiTaskOptimizer` that is not told goes by: the weights are computed at every n-th call."""
+        return 1
+
+    @property
     def needs_losses(self) -> bool:
         """Whether `solve` must be given the values of the losses."""
         return False
@@ -207,9 +212,20 @@ class Method:
         """Clears the state: the next solve is like the first."""
         self.state.clear()
 
-    def _kept(self, key: str, device: torch.device, new: Callable[[], Tensor]) -> Tensor:
-        """``state[key]`` on ``device``: moved there where it is elsewhere, ``new()`` where there is none yet."""
+    def _kept(
+        self, key: str, device: torch.device, new: Callable[[], Tensor], shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """``state[key]`` on ``device``: moved there where it is elsewhere, ``new()`` where there is none yet.
+
+        Raises:
+            ValueError: it is not of the ``shape`` that the problem asks for.
+        """
         kept = self.state.get(key)
+        if kept is not None and shape is not None and kept.shape != torch.Size(shape):
+            raise ValueError(
+                f"{type(self).__name__} keeps {key} of shape {list(kept.shape)} and was given a problem of "
+                f"{list(shape)}; call reset() before the tasks change, or load_state_dict() with a state of that shape"
+            )
         if kept is None or kept.device != device:
             refuse_capture(f"the {key} that {type(self).__name__} keeps would be set up")
             # A tensor made in inference mode could not be written to outside it.

@@ -43,6 +43,11 @@ class Wrapper(Method):
             )
 
     @property
+    def refresh_every(self) -> int:
+        """That of the wrapped method."""
+        return self.method.refresh_every
+
+    @property
     def needs_losses(self) -> bool:
         """Whether the wrapped method needs them."""
         return self.method.needs_losses
@@ -208,12 +213,6 @@ class CRMOGM(Wrapper):
 
     def _weights(self, gram: Tensor) -> Tensor:
         """``state["weights"]`` on the device of ``gram``; nan, not known yet, at the first call."""
-        weights = self.state.get("weights")
-        if weights is not None and weights.shape != gram.shape[:-1]:
-            raise ValueError(
-                f"CRMOGM keeps weights of shape {list(weights.shape)} and was given a problem of "
-                f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state of "
-                "that shape"
-            )
-        new = functools.partial(torch.full, gram.shape[:-1], torch.nan, dtype=torch.float64, device=gram.device)
-        return self._kept("weights", gram.device, new)
+        shape = gram.shape[:-1]
+        new = functools.partial(torch.full, shape, torch.nan, dtype=torch.float64, device=gram.device)
+        return self._kept("weights", gram.device, new, shape)

@@ -74,7 +74,7 @@ class TrainingStep:
         """See `MultiTaskOptimizer.backward`."""
         self.check_idle("backward()")
         check_single_rank()
-        if (every := self.options.refresh_every) > 1:
+        if (every := self.options.every) > 1:
             refuse_capture(f"refresh_every={every} decides on the host", "use refresh_every=1")
         named = named_losses(losses)
         if is_stacked(losses):
@@ -134,7 +134,7 @@ class TrainingStep:
     def _run_weighted(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
         last, managed, pending = self.progress.reusable, parameters.managed, self.pending
-        if last is None or pending.rows or not last.serves(named, managed, self.options.refresh_every):
+        if last is None or pending.rows or not last.serves(named, managed, self.options.every):
             return False
         if (dtype := last.too_coarse(named)) is not None:
             self._advice.once(
@@ -356,7 +356,7 @@ class TrainingStep:
         progress.report = combined.report
         progress.has_gradient = True
         progress.reusable = None
-        if self.options.refresh_every > 1:
+        if self.options.every > 1:
             progress.reusable = Reusable.of(combined, present, managed)
 
 

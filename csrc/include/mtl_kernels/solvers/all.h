@@ -3,6 +3,7 @@
 // The one list of solvers; every backend instantiates from it.
 
 #include "mtl_kernels/solvers/dual_cone.h"
+#include "mtl_kernels/solvers/fair.h"
 #include "mtl_kernels/solvers/krum.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
@@ -23,6 +24,6 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<Dualproj, Krum, Pcd, RandomWeights, Upgrad>;
+using AllSolvers = FusedSolvers::Then<Dualproj, FairGrad, Krum, NashMtl, Pcd, RandomWeights, Upgrad>;
 
 }  // namespace mtl
