@@ -214,3 +214,12 @@ def per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Ten
     if values.shape == gram.shape[:-1] or values.shape == (num_tasks,):
         return values.detach().to(dtype).contiguous()
     raise ValueError(f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}")
+
+
+def rtol_option(rtol: object) -> float:
+    """``rtol`` as solvers take it, 0 for None. Raise ValueError unless it is None or in (0, 1)."""
+    if rtol is None:
+        return 0.0
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
+        raise ValueError(f"expected rtol as a number in (0, 1) or None, found {rtol!r}")
+    return float(rtol)

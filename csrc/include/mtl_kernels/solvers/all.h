@@ -2,8 +2,11 @@
 
 // The one list of solvers; every backend instantiates from it.
 
+#include "mtl_kernels/solvers/aligned_mtl.h"
+#include "mtl_kernels/solvers/config.h"
 #include "mtl_kernels/solvers/dual_cone.h"
 #include "mtl_kernels/solvers/fair.h"
+#include "mtl_kernels/solvers/imtl_g.h"
 #include "mtl_kernels/solvers/krum.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
@@ -24,6 +27,7 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<Dualproj, FairGrad, Krum, NashMtl, Pcd, RandomWeights, Upgrad>;
+using AllSolvers = FusedSolvers::Then<AlignedMtl, Config, Dualproj, FairGrad, ImtlG, Krum, NashMtl, Pcd,
+                                      RandomWeights, Upgrad>;
 
 }  // namespace mtl
