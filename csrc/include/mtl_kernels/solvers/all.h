@@ -4,12 +4,13 @@
 
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
+#include "mtl_kernels/solvers/stochastic.h"
 
 namespace mtl {
 
 template <class... Solvers>
 struct SolverList {};
 
-using AllSolvers = SolverList<Pcgrad, MinNorm>;
+using AllSolvers = SolverList<Pcgrad, MinNorm, Sdmgrad, Modo>;
 
 }  // namespace mtl
