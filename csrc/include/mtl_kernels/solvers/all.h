@@ -9,8 +9,18 @@
 namespace mtl {
 
 template <class... Solvers>
-struct SolverList {};
+struct SolverList {
+  static constexpr int kSize = sizeof...(Solvers);
 
-using AllSolvers = SolverList<Pcgrad, MinNorm, Sdmgrad, Modo>;
+  // These, and then more.
+  template <class... More>
+  using Then = SolverList<Solvers..., More...>;
+};
+
+// Also run at the end of a gram kernel, in its launch. All gram kernels hold all of these: each takes time to
+// compile, and registers where it needs many. The others are a launch of their own.
+using FusedSolvers = SolverList<MinNorm, Pcgrad>;
+
+using AllSolvers = FusedSolvers::Then<Modo, Sdmgrad>;
 
 }  // namespace mtl
