@@ -172,15 +172,16 @@ def _normalised(a: Tensor) -> Tensor:
 
 
 def _shares(problem: Problem) -> tuple[Tensor, float]:
-    """The active tasks' weights of the last step, made to add up to 1, and what they added up to."""
+    """The active tasks' weights of the last step, made to add up to 1, and what they are to add up to in the state."""
     state = problem.state
     if state is None:
         raise ValueError("a solver that keeps weights needs a state")
     if not (state.sum() > 0 and state.sum().isfinite()):
         state.fill_(1 / problem.num_tasks)
     among = state[problem.tasks]
-    if among.sum() > 0:
-        return among / among.sum(), float(among.sum())
+    share = float(among.sum())
+    if share > 0:
+        return among / share, 1.0 if len(among) == problem.num_tasks else share
     return torch.full_like(among, 1 / len(among)), len(among) / problem.num_tasks
 
 

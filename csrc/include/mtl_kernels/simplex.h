@@ -6,8 +6,8 @@
 
 namespace mtl {
 
-// x <- argmin over {w >= 0, sum w = 1} of |w - x|, which is max(x_i - t, 0). Among the sets {j: x_j >= x_i}, S
-// the sum of one and n its number, t is the largest (S - 1) / n. Entries are taken relative to the largest
+// x <- argmin over {w >= 0, sum w = 1} of |w - x|, which is max(x_i - t, 0). Among the sets {j: x_j >= x_i},
+// S the sum of one and n its number, t is the largest (S - 1) / n. Entries are taken relative to the largest
 // one, so that large ones do not hide the 1. x_i = 0 for tasks that are not active; team-wide, and the same
 // bits for any size of the team.
 template <class Team>

@@ -47,6 +47,7 @@ class Shares {
     if (equal) total_ = static_cast<double>(num_active) / p.num_tasks;
     for (int i = team.rank(); i < p.num_tasks; i += team.size())
       w[i] = !p.is_active(i) ? 0.0 : equal ? 1.0 / num_active : p.state[i] / total_;
+    if (num_active == p.num_tasks) total_ = 1.0;
     team.sync();
   }
 
@@ -93,8 +94,8 @@ struct Sdmgrad {
     if (num_active == 0) return;
     const double lam = p.options[0], rate = p.options[1], momentum = p.options[2];
     const int num_iterations = p.options[3] < 1e9 ? static_cast<int>(p.options[3]) : 1000000000;
-    double *w = p.weights, *pref = p.scratch, *velocity = pref + p.num_tasks,
-           *mixed = velocity + p.num_tasks, *gradient = mixed + p.num_tasks;
+    double *w = p.weights, *pref = p.scratch, *velocity = pref + p.num_tasks, *mixed = velocity + p.num_tasks,
+           *gradient = mixed + p.num_tasks;
     const stochastic::Shares shares(team, p, num_active, w);
     prefer(team, p, num_active, pref);
     double scale = 1.0, divisor = 1.0;
@@ -113,8 +114,7 @@ struct Sdmgrad {
       project_onto_simplex(team, p, w);
     }
     shares.store(team, p, w);
-    for (int i = team.rank(); i < p.num_tasks; i += team.size())
-      w[i] = (w[i] + lam * pref[i]) / (1.0 + lam);
+    for (int i = team.rank(); i < p.num_tasks; i += team.size()) w[i] = (w[i] + lam * pref[i]) / (1.0 + lam);
     set_certificate(team, p, 0.0, num_iterations);
     team.sync();
   }
@@ -131,7 +131,8 @@ struct Sdmgrad {
     team.sync();
   }
 
-  // A' = scale A / divisor; the scale is a power of two, so that squares of roots stay in range. 1 / 1 for A = 0.
+  // A' = scale A / divisor; the scale is a power of two, so that squares of roots stay in range. 1 / 1 for A
+  // = 0.
   template <class Team>
   MTL_HD static void normalise(const Team& team, const Problem& p, int num_active, double* scale,
                                double* divisor) {
