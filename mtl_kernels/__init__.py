@@ -11,7 +11,7 @@ from .angles import cosines, norms
 from .call import SolverCall
 from .config import show_config
 from .dispatch import available_backends, use_backend
-from .ops import Statistics, combine, gram, gram_solve, statistics
+from .ops import Statistics, combine, cross_gram, gram, gram_solve, statistics
 from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
 from .solution import Solution
@@ -29,6 +29,7 @@ __all__ = [
     "available_backends",
     "combine",
     "cosines",
+    "cross_gram",
     "gram",
     "gram_solve",
     "norms",

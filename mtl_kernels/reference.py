@@ -12,9 +12,10 @@ from typing import Any
 from . import ops, solvers
 from .angles import cosines, norms
 
-__all__ = ["combine", "cosines", "gram", "gram_solve", "norms", "statistics", *solvers.__all__]
+__all__ = ["combine", "cosines", "cross_gram", "gram", "gram_solve", "norms", "statistics", *solvers.__all__]
 
 gram = functools.partial(ops.gram, backend="reference")
+cross_gram = functools.partial(ops.cross_gram, backend="reference")
 statistics = functools.partial(ops.statistics, backend="reference")
 gram_solve = functools.partial(ops.gram_solve, backend="reference")
 combine = functools.partial(ops.combine, backend="reference")

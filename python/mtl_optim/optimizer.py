@@ -124,6 +124,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         *,
         accumulate: bool = False,
         retain_graph: bool = False,
+        batch: int = 0,
     ) -> None:
         """One backward pass per loss, then one combination into ``.grad``.
 
@@ -133,23 +134,29 @@ class MultiTaskOptimizer(OptimizerWrapper):
             accumulate: keep the rows and do not combine yet: later calls add to them, and `combine`, `step`
                 or a last call without ``accumulate`` combines. For micro-batches.
             retain_graph: keep the graph after the last pass.
+            batch: for methods that take several independent batches a step (`SDMGrad`, `MoDo`), which of them the
+                losses are of, 0 to ``method.num_batches - 1``. Nothing is combined until `combine`, `step` or whoever
+                reads a ``.grad`` asks for it, which needs every batch of every task. What is not combined
+                (single-task parameters, param groups with ``mtl=False``, tensors outside the optimizer) has the
+                gradients of the last batch alone, and so has the report.
 
         Raises:
             TypeError, ValueError: losses that are not scalars requiring grad, given twice, of unknown tasks,
-                or that reach no parameter of the optimizer.
+                or that reach no parameter of the optimizer; a batch that the method does not take.
             RuntimeError: inside a `task` block, in a distributed run, a task captured twice, or an error of
                 autograd. Whatever is raised, gradients and captured rows are as they were; the one exception
                 is an error in the middle of adding to rows in place (``accumulate``): those are dropped,
                 with a warning.
         """
-        self._training.backward(losses, accumulate, retain_graph)
+        self._training.backward(losses, accumulate, retain_graph, batch)
 
-    def task(self, name: str, *, accumulate: bool = False) -> TaskBlock:
+    def task(self, name: str, *, accumulate: bool = False, batch: int = 0) -> TaskBlock:
         """A ``with`` block whose ``.backward()`` calls become one task's row; `step` or `combine` combines.
 
         Args:
             name: of the task.
             accumulate: add to the row that an earlier block of this step captured, if any: for micro-batches.
+            batch: which of the step's independent batches, as for `backward`.
 
         Returns:
             A context manager that yields itself. Methods that need the value of the loss read its ``loss``::
@@ -159,19 +166,22 @@ class MultiTaskOptimizer(OptimizerWrapper):
                     task.loss.backward()
 
         Raises (here, or on entering or leaving the block; gradients and rows are then as they were):
-            TypeError, ValueError: an unknown name, a block that captured nothing, a missing loss.
+            TypeError, ValueError: an unknown name, a batch that the method does not take, a block that captured
+                nothing, a missing loss.
             RuntimeError: inside another block, in a distributed run, a task captured twice without
                 ``accumulate``, or after a gradient of this step was read.
         """
         check_task_name(name)
         self._training.tasks_with([name])
-        return TaskBlock(self._training, name, accumulate)
+        self._training.batches.check(batch)
+        return TaskBlock(self._training, name, accumulate, batch)
 
     def combine(self) -> None:
         """Combines the captured rows into ``.grad``; `step` and whoever reads a ``.grad`` do so by themselves.
 
         Raises:
-            RuntimeError: no rows were captured, or inside a `task` block.
+            RuntimeError: no rows were captured, a task lacks one of the batches that the method takes, or inside a
+                `task` block.
         """
         self._training.combine()
 
@@ -185,7 +195,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             What the wrapped optimizer returns, the first of several.
 
         Raises:
-            RuntimeError: nothing was captured since the last step, or inside a `task` block.
+            RuntimeError: nothing was captured since the last step, a task lacks one of the batches that the method
+                takes, or inside a `task` block.
         """
         self._training.check_idle("step()")
         if closure is None:

@@ -57,6 +57,11 @@ class Options:
                 f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
                 'does not have; use granularity="model" or refresh_every=1'
             )
+        if every > 1 and self.method.num_batches > 1:
+            raise ValueError(
+                f"{OWNER}: refresh_every={every} is for steps of one batch between those that compute weights, and "
+                f"{type(self.method).__name__} takes {self.method.num_batches} in every step; use refresh_every=1"
+            )
 
     @property
     def every(self) -> int:

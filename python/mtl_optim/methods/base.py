@@ -81,6 +81,11 @@ class Method:
         return False
 
     @property
+    def num_batches(self) -> int:
+        """How many independent batches of every task a step takes; the combination is of the last one's rows."""
+        return 1
+
+    @property
     def stops_at_zero_rows(self) -> bool:
         """Whether a task whose gradient is zero makes the combination zero."""
         return False
@@ -144,6 +149,22 @@ class Method:
         gram, weights, certificate = mtl_kernels.gram_solve(rows, call._replace(active=active), groups=groups)
         return Weighted(gram, weights, certificate if call.certified else None)
 
+    def weigh_batches(
+        self,
+        batches: Sequence[RowTable],
+        *,
+        groups: Sequence[int] | None = None,
+        losses: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Weighted:
+        """`weigh` with the rows of every batch of a step, in order; Gram matrix and weights are for those of the last.
+
+        What a method with ``num_batches`` > 1 defines in place of `weigh`.
+        """
+        if len(batches) > 1:
+            raise NotImplementedError(f"{type(self).__name__} has several batches and no weigh_batches() of its own")
+        return self.weigh(batches[0], groups=groups, losses=losses, active=active)
+
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """One weight per original row, float64 ``[..., K]``; the arguments are those of `solve`."""
         return self._solution(gram, self.solve(gram, losses=losses, active=active)).weights
@@ -170,7 +191,7 @@ class Method:
     def __call__(
         self,
         rows: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
-        *,
+        *more: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
         losses: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Any:
@@ -179,14 +200,22 @@ class Method:
         Args:
             rows: a tensor ``[K, N]``, or K sequences of P tensors or ``None``; float32, float64, bfloat16,
                 float16.
+            more: the rows of further batches, for methods with ``num_batches`` > 1; the last ones are combined.
             losses, active: as for `solve`.
 
         Returns:
             A tensor ``[N]``, or a list of P tensors (``None`` where no task reaches), in the dtype of the
             rows.
+
+        Raises:
+            TypeError: rows of more or fewer batches than the method takes.
         """
-        table = rows if isinstance(rows, RowTable) else RowTable(rows)
-        return mtl_kernels.combine(table, self.weigh(table, losses=losses, active=active).weights)
+        tables = [one if isinstance(one, RowTable) else RowTable(one) for one in (rows, *more)]
+        if len(tables) != self.num_batches:
+            raise TypeError(
+                f"{type(self).__name__} takes the rows of {self.num_batches} independent batch(es), found {len(tables)}"
+            )
+        return mtl_kernels.combine(tables[-1], self.weigh_batches(tables, losses=losses, active=active).weights)
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, as plain values."""

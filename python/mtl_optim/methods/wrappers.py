@@ -31,6 +31,7 @@ class Wrapper(Method):
 
     Raises:
         TypeError: it is no method.
+        ValueError: it takes several batches a step.
     """
 
     method: Method
@@ -40,6 +41,11 @@ class Wrapper(Method):
             raise TypeError(
                 f"{type(self).__name__}: expected a method such as MGDA(), found {self.method!r}; of a name, "
                 "methods.get(name)() makes one"
+            )
+        if self.method.num_batches > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {type(self.method).__name__} goes by the products of two batches, which are "
+                "no Gram matrix, and its weights change slowly by themselves; use it without a wrapper"
             )
 
     @property
@@ -112,7 +118,7 @@ class Normalized(Wrapper):
             they are.
 
     Raises:
-        TypeError: it is no method.
+        TypeError, ValueError: it is no method, or one that takes several batches a step.
     """
 
     name: ClassVar[str] = "normalized"
@@ -160,7 +166,8 @@ class CRMOGM(Wrapper):
     have to be reached in every step. There is no certificate: the average does not solve the wrapped method's problem.
 
     Raises:
-        TypeError, ValueError: no method, alpha is not a number in [0, 1], or an unknown start.
+        TypeError, ValueError: no method, one that takes several batches a step, alpha is not a number in [0, 1], or an
+            unknown start.
     """
 
     name: ClassVar[str] = "crmogm"

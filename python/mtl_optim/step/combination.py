@@ -46,13 +46,20 @@ class Combiner:
         self._heads = WeakIdKeyDictionary()
 
     def __call__(
-        self, tasks: tuple[str, ...], rows: Sequence[Row], parameters: Parameters, losses: Tensor | None
+        self,
+        tasks: tuple[str, ...],
+        rows: Sequence[Row],
+        parameters: Parameters,
+        losses: Tensor | None,
+        earlier: Sequence[Sequence[Row]] = (),
     ) -> Combined:
         """Combines K rows over P parameters, writing into the rows.
 
         Args:
             rows: one per task, all None for an absent task.
             losses: ``[K]`` for methods that need them.
+            earlier: rows of the step's other batches, for methods that take several; ``rows`` are those of the last,
+                which alone say what is shared.
         """
         options, method = self._options, self._options.method.bound_to(tasks)
         group_of = parameters.group_of
@@ -67,13 +74,15 @@ class Combiner:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
-        table = RowTable([[as_real(row[p]) for p in shared] for row in rows], captured=True)
+        batches = (*earlier, rows)
+        tables = [RowTable([[as_real(row[p]) for p in shared] for row in batch], captured=True) for batch in batches]
+        table = tables[-1]
         kernel_groups = None if options.granularity == "model" else groups
         mask = self._mask(pattern, table.device)
         active = mask[0] if options.granularity == "model" else mask
         everyone = all(map(all, pattern))
-        gram, weights, certificate = method.weigh(
-            table, groups=kernel_groups, losses=losses, active=None if everyone else active
+        gram, weights, certificate = method.weigh_batches(
+            tables, groups=kernel_groups, losses=losses, active=None if everyone else active
         )
         combined = mtl_kernels.combine(table, weights, out=table.like, groups=kernel_groups)
         for p, grad in zip(shared, combined, strict=True):

@@ -11,6 +11,7 @@
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
 #include "mtl_kernels/solvers/random_weights.h"
+#include "mtl_kernels/solvers/stochastic.h"
 
 namespace mtl {
 
@@ -27,7 +28,7 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<AlignedMtl, Config, Dualproj, FairGrad, ImtlG, Krum, NashMtl, Pcd,
-                                      RandomWeights, Upgrad>;
+using AllSolvers = FusedSolvers::Then<AlignedMtl, Config, Dualproj, FairGrad, ImtlG, Krum, Modo, NashMtl, Pcd,
+                                      RandomWeights, Sdmgrad, Upgrad>;
 
 }  // namespace mtl
