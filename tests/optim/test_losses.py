@@ -83,7 +83,7 @@ def weights_by_definition(name: str, rows: np.ndarray, after: np.ndarray) -> lis
             found.append(w.copy())
             n, ratio = after[t], x / rows[0]
             target = np.mean(w * n) * (ratio / ratio.mean()) ** 1.5
-            w = np.maximum(w - 0.025 * np.sign(w * n - target) * n, 0)
+            w = np.maximum(w - 0.025 * np.sign(w * n - target) * n, 1e-3)
             w = K * w / w.sum()
         elif name == "dtp":
             found.append(np.ones(K) if kbar is None else -((1 - kbar) ** 2.0) * np.log(kbar))
@@ -121,7 +121,7 @@ def test_weights_follow_the_definition_and_take_no_gradient(name: str, seed: int
     for step, row in enumerate(rows):
         x = torch.tensor(row, requires_grad=True)
         value = module(x)
-        assert isinstance(module, L.WeightedLosses)
+        assert torch.equal(module.weights(x), module.weights())
         torch.testing.assert_close(module.weights(x), torch.tensor(expected[step]), rtol=1e-9, atol=1e-12)
         assert not module.weights(x).requires_grad
         value.backward()
@@ -169,7 +169,7 @@ def test_values_and_gradients_follow_the_formula(name: str, seed: int) -> None:
     module = MAKE[name]().double()
     s = torch.randn(K, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
     if name in ("uncertainty", "imtl-l"):
-        module.load_state_dict({"s": s.detach()})
+        module.load_state_dict({f"s.{k}": s[k].detach() for k in range(K)})
     row = drawn(seed, 1)[0]
     x, y = (torch.tensor(row, requires_grad=True) for _ in range(2))
     value, expected = module(x), formula(name, y, s)
@@ -177,8 +177,9 @@ def test_values_and_gradients_follow_the_formula(name: str, seed: int) -> None:
     expected.backward()
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
-    for parameter in module.parameters():
-        torch.testing.assert_close(parameter.grad, s.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(module.weights(), x.grad, rtol=1e-9, atol=1e-12)
+    if learned := [parameter.grad for parameter in module.parameters()]:
+        torch.testing.assert_close(torch.stack(learned), s.grad, rtol=1e-9, atol=1e-12)
 
 
 def test_stch_averages_the_nadir_first() -> None:
@@ -245,7 +246,8 @@ def test_a_short_training_stays_finite(name: str) -> None:
         now = np.array([loss.item() for loss in losses])
         advance(module, step, now, np.array([((x - center) ** 2).sum().item() + 0.1 for center in centers]))
     assert x.isfinite().all()
-    assert all(value.isfinite().all() for key, value in module.state_dict().items() if key != "initial")
+    unknown = ("initial", "current")  # nan until there is one
+    assert all(value.isfinite().all() for key, value in module.state_dict().items() if key not in unknown)
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -350,9 +352,7 @@ def test_gradnorm_measures_norms_on_the_parameters_it_was_given() -> None:
     head = torch.tensor(3.0, requires_grad=True)
     losses = [(shared**2).sum(), (head * shared).sum(), head**2]
     measured, told = L.GradNorm(K, [shared]), L.GradNorm(K)
-    measured(losses)
-    told(losses)
-    measured.update(losses=losses)
+    assert torch.equal(measured(losses), told(losses))
     told.update(torch.tensor([math.sqrt(20), math.sqrt(18), 0.0]))
     torch.testing.assert_close(measured.w, told.w)
     assert measured.w.sum().item() == pytest.approx(K) and not torch.equal(measured.w, torch.ones(K))
