@@ -296,7 +296,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """Loads what `state_dict` returned; that of a plain optimizer is taken with a warning.
 
         Raises:
-            ValueError: saved with another method or other fixed tasks, or by a newer version, or of other
+            ValueError: saved with another method, transform or fixed tasks, or by a newer version, or of other
                 param groups; everything stays as it was.
         """
         self._training.check_idle("load_state_dict()")

@@ -96,7 +96,7 @@ class GradNorm(WeightedLosses):
     def record(self, losses: Tensor) -> None:
         """Keeps the losses for the next step, and the first positive, finite ones."""
         self.initial.copy_(first_seen(self.initial, losses))
-        self.current.copy_(losses)
+        self.current.copy_(torch.where(losses.isnan(), self.current, losses))
         self._called = True
         self.remind(_FORGOTTEN, "update(norms)", "after every call, or pass parameters=, or use it as transform=")
 

@@ -76,6 +76,11 @@ class Method:
         return False
 
     @property
+    def needs_heads(self) -> bool:
+        """Whether `with_heads` must be told of the gradients of the heads before a step."""
+        return False
+
+    @property
     def stops_at_zero_rows(self) -> bool:
         """Whether a task whose gradient is zero makes the combination zero."""
         return False
@@ -86,6 +91,10 @@ class Method:
         Raises:
             ValueError: it lacks something for one of them.
         """
+        return self
+
+    def with_heads(self, norms: Tensor) -> Method:
+        """The method for a step in which the gradients of the tasks' heads have these norms, float64 ``[K]``."""
         return self
 
     def solver_call(self, device: torch.device) -> SolverCall | None:
