@@ -20,6 +20,7 @@ from .step.names import check_task_name, fixed_tasks
 from .step.progress import Progress
 from .step.refresh import Reusable
 from .step.training_step import TrainingStep
+from .step.transform import Transform, restore, state_of
 from .warn import warn_user
 from .wrapper import OptimizerWrapper
 
@@ -72,6 +73,14 @@ class MultiTaskOptimizer(OptimizerWrapper):
             ``.grad``, as ``backward()`` does; "keep" leaves it as it is. In `task` blocks, whose backward passes are
             not this optimizer's, "keep" covers what earlier calls of `backward` reached and what other
             MultiTaskOptimizers combine.
+        transform: what the losses of `backward` go through before their passes, so that the method combines the
+            gradients of what comes out: an instance of `mtl_optim.losses` that is a sum of one term per task (LogSum(),
+            UncertaintyWeighting(K)...), or any function from losses to as many losses, a list or dict as they were
+            passed. The report, and methods that go by the values of losses, see what comes out. Its learned parameters
+            belong into a param group; each is reached by one task and treated as its head. `losses.GradNorm` takes its
+            norms from the combination. Modules built without names need all tasks in every step. It does not reach
+            into `task` blocks, whose passes are the user's: call
+            ``opt.transform.terms({name: loss})[name].backward()`` there. Its state is part of `state_dict`.
         tasks: the names, fixed; any other name then raises. ``None`` takes names as they appear.
 
     Raises:
@@ -89,10 +98,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
         capture: str = "harvest",
         refresh_every: int | None = None,
         outside: str = "sum",
+        transform: Transform | None = None,
         tasks: Sequence[str] | None = None,
     ) -> None:
         names = fixed_tasks(tasks)
-        self.options = Options(method, head_scaling, granularity, capture, refresh_every, outside, names)
+        self.options = Options(method, head_scaling, granularity, capture, refresh_every, outside, transform, names)
         optimizers = wrapped_optimizers(optimizer)
         if any(isinstance(one, MultiTaskOptimizer) for one in optimizers):
             raise TypeError("MultiTaskOptimizer: the optimizer is already one; wrap its .optimizer")
@@ -107,6 +117,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def method(self) -> Method:
         """The method that combines."""
         return self.options.method
+
+    @property
+    def transform(self) -> Transform | None:
+        """What the losses of `backward` go through; None if they are combined as they are."""
+        return self.options.transform
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -129,8 +144,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """One backward pass per loss, then one combination into ``.grad``.
 
         Args:
-            losses: K scalar losses as a list, tuple or dict. They may share a graph or not. A tensor [K] is
-                taken too, but each of its elements reaches (with zeros) whatever any of them reaches.
+            losses: K scalar losses as a list, tuple or dict, before any ``transform``. They may share a graph or not. A
+                tensor [K] is taken too, but each of its elements reaches (with zeros) whatever any of them reaches.
             accumulate: keep the rows and do not combine yet: later calls add to them, and `combine`, `step`
                 or a last call without ``accumulate`` combines. For micro-batches.
             retain_graph: keep the graph after the last pass.
@@ -159,7 +174,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             batch: which of the step's independent batches, as for `backward`.
 
         Returns:
-            A context manager that yields itself. Methods that need the value of the loss read its ``loss``::
+            A context manager that yields itself. A ``transform`` does not reach into the block: call ``backward()`` on
+            what it makes of the loss. Methods that need the value of the loss read its ``loss``::
 
                 with opt.task("depth") as task:
                     task.loss = loss_fn(model(batch))
@@ -255,6 +271,12 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 f"{self.method!r} does not scale with the gradients, so GradScaler would divide its step by "
                 "a scale that is not in it; use bfloat16 without a GradScaler, or another normalisation"
             )
+        if self.transform is not None and not getattr(self.transform, "scales_with_losses", False):
+            raise RuntimeError(
+                f"transform {self.transform!r} sees losses that GradScaler has scaled, and what it makes of them need "
+                "not scale along; use bfloat16 without a GradScaler, or leave transform= out and call backward() "
+                "with what it makes of the losses, scaled by scaler.scale()"
+            )
         return super()._step_supports_amp_scaling
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,6 +294,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             "method": type(self.method).__name__,
             "config": self.method.config(),
             "state": self.method.state_dict(),
+            "transform": state_of(self.transform),
             "tasks": list(progress.tasks),
             "refresh": None if progress.reusable is None else progress.reusable.state_dict(),
         }
@@ -285,7 +308,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """Loads what `state_dict` returned; that of a plain optimizer is taken with a warning.
 
         Raises:
-            ValueError: saved with another method or other fixed tasks, or by a newer version, or of other
+            ValueError: saved with another method, transform or fixed tasks, or by a newer version, or of other
                 param groups; everything stays as it was.
         """
         self._training.check_idle("load_state_dict()")
@@ -302,15 +325,18 @@ class MultiTaskOptimizer(OptimizerWrapper):
             )
             self._load_state_dict_wrapped(state_dict)
         else:
-            check_saved(saved, _STATE_VERSION, self.options)
+            transform = state_of(self.transform)
+            check_saved(saved, _STATE_VERSION, self.options, transform)
             reusable = None if saved["refresh"] is None else self._reusable(saved["refresh"])
             tasks = tuple(saved["tasks"])
             before = self.method.state_dict()
-            self.method.load_state_dict(saved["state"])
             try:
+                self.method.load_state_dict(saved["state"])
+                restore(self.transform, saved.get("transform"))
                 self._load_state_dict_wrapped(state_dict)
             except BaseException:
                 self.method.load_state_dict(before)
+                restore(self.transform, transform)
                 raise
             self._training.progress.tasks = tasks
             self._training.progress.reusable = reusable

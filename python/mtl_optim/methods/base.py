@@ -86,6 +86,11 @@ class Method:
         return 1
 
     @property
+    def needs_heads(self) -> bool:
+        """Whether `with_heads` must be told of the gradients of the heads before a step."""
+        return False
+
+    @property
     def stops_at_zero_rows(self) -> bool:
         """Whether a task whose gradient is zero makes the combination zero."""
         return False
@@ -100,6 +105,10 @@ class Method:
 
     def check_tasks(self, num_tasks: int) -> None:
         """Raise ValueError where the method is not for K = ``num_tasks`` tasks."""
+
+    def with_heads(self, norms: Tensor) -> Method:
+        """The method for a step in which the gradients of the tasks' heads have these norms, float64 ``[K]``."""
+        return self
 
     def solver_call(self, device: torch.device) -> SolverCall | None:
         """The solver of `mtl_kernels` that gives the weights, on ``device``; None if `solve` does it otherwise."""

@@ -65,7 +65,18 @@ class Wrapper(Method):
 
     def bound_to(self: _W, tasks: tuple[str, ...]) -> _W:
         """A wrapper, with this one's state, of the wrapped method bound to the tasks; see `Method.bound_to`."""
-        method = self.method.bound_to(tasks)
+        return self._around(self.method.bound_to(tasks))
+
+    @property
+    def needs_heads(self) -> bool:
+        """Whether the wrapped method does."""
+        return self.method.needs_heads
+
+    def with_heads(self: _W, norms: Tensor) -> _W:
+        """A wrapper, with this one's state, of the wrapped method told of the heads; see `Method.with_heads`."""
+        return self._around(self.method.with_heads(norms))
+
+    def _around(self: _W, method: Method) -> _W:
         if method is self.method:
             return self
         bound = dataclasses.replace(self, method=method)

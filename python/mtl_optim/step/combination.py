@@ -17,6 +17,7 @@ from ..cuda_graphs import capturing, refuse_capture
 from ..monitor.report import Report
 from ..options import Options
 from .parameters import Parameters
+from .transform import learned_parameters
 
 _MASKS_KEPT = 64
 
@@ -44,6 +45,7 @@ class Combiner:
         self._masks: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
         self._in_graph = False  # a captured graph goes on reading the masks it was captured with
         self._heads = WeakIdKeyDictionary()
+        self._not_heads = set(map(id, learned_parameters(options.transform)))
 
     def __call__(
         self,
@@ -69,6 +71,8 @@ class Combiner:
             shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
         together = set(shared)
         owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
+        if method.needs_heads and shared:
+            method = method.with_heads(self._head_norms(tasks, rows, owner, parameters.managed))
         grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
         if not shared:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
@@ -108,7 +112,30 @@ class Combiner:
                 elif tasks:
                     self._heads.pop(param, None)
             return None
-        return [p for p, tasks in enumerate(reached_by) if tasks and self._heads.get(params[p]) != names[tasks[0]]]
+        found = [p for p, tasks in enumerate(reached_by) if tasks and self._heads.get(params[p]) != names[tasks[0]]]
+        if self._options.method.needs_heads and len(found) == sum(map(bool, reached_by)):
+            return None  # no head to go by
+        return found
+
+    def _head_norms(
+        self, tasks: tuple[str, ...], rows: Sequence[Row], owner: Sequence[int | None], managed: Sequence[Tensor]
+    ) -> Tensor:
+        """The norm of each task's gradient for the parameters that it alone reaches, float64 ``[K]``.
+
+        Raises:
+            ValueError: a task that reaches anything reaches no such parameter.
+        """
+        heads = [p for p, k in enumerate(owner) if k is not None and id(managed[p]) not in self._not_heads]
+        owned = {owner[p] for p in heads}
+        for k, row in enumerate(rows):
+            if k not in owned and any(grad is not None for grad in row):
+                raise ValueError(
+                    f"{self._options.method!r} goes by the gradient of each task's head, and task {tasks[k]!r} reaches "
+                    "no parameter of its own; heads in param groups with mtl=False are not seen. GradNormBalance() "
+                    "takes no heads"
+                )
+        table = RowTable([[as_real(row[p]) if owner[p] == k else None for p in heads] for k, row in enumerate(rows)])
+        return mtl_kernels.norms(mtl_kernels.gram(table))
 
     def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
         """The problem of each shared parameter, and what the problems stand for."""

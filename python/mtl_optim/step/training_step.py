@@ -29,6 +29,7 @@ from .pending import Pending
 from .progress import Progress
 from .refresh import Reusable
 from .surroundings import ADDS_ELSEWHERE, Surroundings
+from .transform import tell_norms, transformed
 
 _ALIVE: weakref.WeakSet[TrainingStep] = weakref.WeakSet()
 """All of this process: what one combines, another should not add to."""
@@ -79,19 +80,22 @@ class TrainingStep:
         check_single_rank()
         if (every := self.options.every) > 1:
             refuse_capture(f"refresh_every={every} decides on the host", "use refresh_every=1")
-        named = named_losses(losses)
-        if is_stacked(losses):
-            self._advice.once(
-                "stacked",
-                "the losses were stacked into one tensor, through which each task reaches every parameter "
-                "(with zeros), so that heads count as shared; pass them as a list or dict",
-            )
+        named, stacked = named_losses(losses), is_stacked(losses)
         tasks = self.tasks_with(named)
         parameters = self.parameters()
         self._check_continues("backward()", parameters)
         if not accumulate and not self.pending.accumulating:
             for name in named:
                 self.pending.check_new(self.batches.key(name, batch))
+        if self.options.transform is not None:
+            named, restacked = transformed(self.options.transform, named, tasks, isinstance(losses, Mapping))
+            stacked = stacked or restacked
+        if stacked:
+            self._advice.once(
+                "stacked",
+                "the losses were stacked into one tensor, through which each task reaches every parameter "
+                "(with zeros), so that heads count as shared; pass them as a list or dict",
+            )
         self._surroundings.look(named, parameters, self._keeps, _combined_elsewhere(self))
         self._advice.findings(self._surroundings.findings)
         if accumulate or not self._run_weighted(named, parameters, retain_graph):
@@ -354,6 +358,7 @@ class TrainingStep:
         *earlier, found = [[batch.get(name, absent) for name in tasks] for batch in batches]
         with torch.no_grad():
             combined = self._combiner(tasks, found, parameters, values, earlier)
+        tell_norms(self.options.transform, combined.report, list(rows))
         if method.stops_at_zero_rows:
             self._advice.zero_rows(combined.report)
         return combined
