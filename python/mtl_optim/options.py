@@ -57,6 +57,12 @@ class Options:
                 f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
                 'does not have; use granularity="model" or refresh_every=1'
             )
+        if not self.method.weighs_rows and (every > 1 or self.head_scaling == "weights"):
+            found, default = (f"refresh_every={every}", 1) if every > 1 else ('head_scaling="weights"', '"none"')
+            raise ValueError(
+                f"{OWNER}: {found} multiplies losses or gradients by the weights of the rows of a step, of which the "
+                f"combination of {type(self.method).__name__} does not consist; leave it at {default}"
+            )
 
     def __repr__(self) -> str:
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "fixed_tasks"]

@@ -14,6 +14,7 @@ import mtl_kernels
 from mtl_kernels import Solution
 
 from .base import About, Method, check_active, check_choice, check_gram
+from .rows import RowMethod
 from .shares import equal_shares, finite_among
 
 _INNER = "method."
@@ -30,7 +31,7 @@ class Wrapper(Method):
         method: the method that is wrapped, an instance.
 
     Raises:
-        TypeError: it is no method.
+        TypeError: it is no method, or one that needs the rows.
     """
 
     method: Method
@@ -40,6 +41,11 @@ class Wrapper(Method):
             raise TypeError(
                 f"{type(self).__name__}: expected a method such as MGDA(), found {self.method!r}; of a name, "
                 "methods.get(name)() makes one"
+            )
+        if isinstance(self.method, RowMethod):
+            raise TypeError(
+                f"{type(self).__name__}: {type(self.method).__name__} needs the rows themselves, and a wrapped method "
+                "is given their Gram matrix; use it by itself"
             )
 
     @property
