@@ -11,7 +11,17 @@ from .angles import cosines, norms
 from .call import SolverCall
 from .config import show_config
 from .dispatch import available_backends, use_backend
-from .ops import Statistics, combine, gram, gram_solve, statistics
+from .ops import (
+    Statistics,
+    accumulate_squares,
+    combine,
+    graddrop,
+    gram,
+    gram_solve,
+    statistics,
+    trimmed_mean,
+    update_average,
+)
 from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
 from .solution import Solution
@@ -26,9 +36,11 @@ __all__ = [
     "SolverCall",
     "Statistics",
     "__version__",
+    "accumulate_squares",
     "available_backends",
     "combine",
     "cosines",
+    "graddrop",
     "gram",
     "gram_solve",
     "norms",
@@ -36,6 +48,8 @@ __all__ = [
     "rng_state",
     "show_config",
     "statistics",
+    "trimmed_mean",
+    "update_average",
     "use_backend",
     *_solvers,
 ]
