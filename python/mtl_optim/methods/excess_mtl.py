@@ -13,6 +13,7 @@ import mtl_kernels
 
 from .base import About, Combination, check_number
 from .rows import KeepingMethod, Problem
+from .shares import equal_shares
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,8 +36,9 @@ class ExcessMTL(KeepingMethod):
 
     ``state``: ``"squares.PLACE"`` S, see `KeepingMethod`; float64 ``"log_weights"``, ``"excess"`` (the sum of e_k that
     makes the baseline), ``"counted"`` (its terms), ``"step"``. Of tasks that are not active it stays as it was; the
-    others share the weight they had in S, and w is their part of it with sum 1. Rows that are not finite leave it as it
-    was, and w is 1 / K. Per step the rows are read three times, S once, and S is written.
+    others divide among them the weight that they had together, and w is scaled to sum 1. Rows that are not finite leave
+    it as it was, and w is 1 / K. Per step the rows are read three times, S once, and S is written; with
+    ``refresh_every`` S knows of the steps alone that compute weights.
 
     Raises:
         TypeError, ValueError: an option of another type or out of range.
@@ -66,7 +68,7 @@ class ExcessMTL(KeepingMethod):
         gain = (problem.active & problem.finite).double()
         kept = self._kept_rows(problem)
         risk = mtl_kernels.accumulate_squares(kept, problem.rows, gain, eps=1e-7, groups=problem.groups)
-        weights = torch.where(problem.finite, self._weights(problem, risk), _equal(problem.active))
+        weights = torch.where(problem.finite, self._weights(problem, risk), equal_shares(problem.gram, problem.active))
         combined = mtl_kernels.combine(problem.rows, weights, problem.out, groups=problem.groups)
         return Combination(combined, problem.gram, weights, None)
 
@@ -89,10 +91,6 @@ class ExcessMTL(KeepingMethod):
         log_weights.copy_(torch.where(moves, raised - drift, log_weights))
         step.add_(finite)
         return torch.where(active, log_weights, -torch.inf).softmax(-1)
-
-
-def _equal(active: Tensor) -> Tensor:
-    return active / active.sum(-1, keepdim=True).clamp(min=1).double()
 
 
 def _log_sum(values: Tensor, active: Tensor) -> Tensor:

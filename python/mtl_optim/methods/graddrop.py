@@ -40,7 +40,7 @@ class GradDrop(RowMethod):
     """
 
     name: ClassVar[str] = "graddrop"
-    about: ClassVar[About] = About("rows", "random state", "no element mixes signs (leak 0)", "a read of the rows")
+    about: ClassVar[About] = About("rows", "random state", "no element mixes signs (leak 0)", "2 reads of the rows")
     weighs_rows: ClassVar[bool] = False
 
     leak: float | Sequence[float] | Mapping[str, float] = 0.0

@@ -41,7 +41,7 @@ class MoCo(KeepingMethod):
 
     name: ClassVar[str] = "moco"
     about: ClassVar[About] = About(
-        "rows and losses", "averages as large as the rows, weights", "MGDA's, as the averages converge",
+        "rows and losses", "averages as large as the rows, weights", "converges to Pareto-stationary points",
         "2 reads of the rows, 3 of the state",
     )  # fmt: skip
     needs_losses: ClassVar[bool] = True

@@ -33,7 +33,9 @@ class TrimmedMean(RowMethod):
     """
 
     name: ClassVar[str] = "trimmedmean"
-    about: ClassVar[About] = About("rows", "none", "trim rows of any size do no harm", "a read of the rows, sorting")
+    about: ClassVar[About] = About(
+        "rows", "none", "trim rows, whatever they hold, cannot carry d away", "2 reads of the rows"
+    )
     weighs_rows: ClassVar[bool] = False
 
     trim: int
