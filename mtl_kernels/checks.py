@@ -57,7 +57,7 @@ def check_weights(
         shapes = f"{list(expected)}, found {list(weights.shape)}"
         raise ValueError(f"expected {name} of shape {shapes}: one number per row")
     if weights.device != table.device:
-        raise ValueError(f"{name} is on {weights.device}, the rows on {table.device}; move it to their device")
+        raise ValueError(f"found {name} on {weights.device}, the rows on {table.device}; move them to one device")
     if weights.dtype is not torch.float64 or weights.requires_grad or not weights.is_contiguous():
         weights = weights.detach().to(torch.float64).contiguous()
     return weights.unsqueeze(0) if groups is None else weights, group_list

@@ -626,7 +626,7 @@ def test_states_that_do_not_fit(backend: str) -> None:
         (good, ones, ones.int(), TypeError, "gain of floating dtype"),
         (good, ones, 1.0, TypeError, "expected gain as a tensor, found float"),
         (good, None, ones, TypeError, "expected keep as a tensor, found NoneType"),
-        (good, ones.to("meta"), ones, ValueError, "keep is on meta"),
+        (good, ones.to("meta"), ones, ValueError, "found keep on meta"),
     ]
     for state, keep, gain, error, message in cases:
         with pytest.raises(error, match=message):
