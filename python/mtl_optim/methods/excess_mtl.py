@@ -29,7 +29,7 @@ class ExcessMTL(KeepingMethod):
     does; their weights add up to K. TorchJD adds 1e-7 to the baseline. A step in which e_k is 0 is no baseline.
 
     Args:
-        eta: the step size of the weights, > 0 (the paper); LibMTL has 0.01.
+        eta: the step size of the weights, > 0; LibMTL has 0.01.
         warmup: steps before the weights change; the paper has 3 epochs.
         state_dtype: of S; None for the dtype of the rows. 16-bit sums stop growing early: for such rows take
             torch.float32.

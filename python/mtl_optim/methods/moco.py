@@ -22,7 +22,7 @@ class MoCo(KeepingMethod):
     g_k L_k / n_k = 0.
 
     The paper projects w onto the simplex, and its authors' first code tracks g_k as it is. The softmax and the division
-    by the norm are those of the code that they gave to LibMTL, which adds 1e-8 to the norm.
+    by the norm are those of the code that they shared with LibMTL, which adds 1e-8 to the norm.
 
     Args:
         beta: the first step size of the average, in (0, 1]. beta_sigma: its decay, >= 0.
