@@ -58,7 +58,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: what happens to single-task gradients: "none", or "weights" to multiply them by their
             task's weight in the problem of their param group; a parameter that belongs to no problem in
             which its task takes part (always so with granularity="parameter") takes the mean of that task's
-            weights.
+            weights. "weights", like refresh_every > 1, is not for methods whose combination is no weighted sum of
+            the rows of the step (`GradDrop`, `TrimmedMean`, `MoCo`, `DBMTL`).
         granularity: one Gram matrix per "model", per param "group" or per "parameter".
         capture: where the gradients of the tasks are held. "harvest" takes the tensors that autograd made, no copy.
             "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the

@@ -65,6 +65,12 @@ class Options:
                 f"{OWNER}: refresh_every={every} is for steps of one batch between those that compute weights, and "
                 f"{type(self.method).__name__} takes {self.method.num_batches} in every step; use refresh_every=1"
             )
+        if not self.method.weighs_rows and (every > 1 or self.head_scaling == "weights"):
+            found, default = (f"refresh_every={every}", 1) if every > 1 else ('head_scaling="weights"', '"none"')
+            raise ValueError(
+                f"{OWNER}: {found} multiplies losses or gradients by the weights of the rows of a step, of which the "
+                f"combination of {type(self.method).__name__} does not consist; leave it at {default}"
+            )
 
     @property
     def every(self) -> int:

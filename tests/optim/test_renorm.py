@@ -81,7 +81,10 @@ def test_a_step(granularity: str, head_scaling: str) -> None:
 def test_around_and_in_front() -> None:
     """Inside wrappers; the learned numbers of a transform are no heads."""
     found = []
-    for method, transform in ((ReNorm(), None), (Normalized(ReNorm()), None), (CRMOGM(ReNorm()), None)) + (
+    for method, transform in (
+        (ReNorm(), None),
+        (Normalized(ReNorm()), None),
+        (CRMOGM(ReNorm()), None),
         (ReNorm(), L.UncertaintyWeighting(2).double()),
     ):
         model = TwoHeads(2)

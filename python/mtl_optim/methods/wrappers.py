@@ -14,6 +14,7 @@ import mtl_kernels
 from mtl_kernels import Solution
 
 from .base import About, Method, check_active, check_choice, check_gram
+from .rows import RowMethod
 from .shares import equal_shares, finite_among
 
 _INNER = "method."
@@ -30,7 +31,7 @@ class Wrapper(Method):
         method: the method that is wrapped, an instance.
 
     Raises:
-        TypeError: it is no method.
+        TypeError: it is no method, or one that needs the rows.
         ValueError: it takes several batches a step.
     """
 
@@ -46,6 +47,11 @@ class Wrapper(Method):
             raise ValueError(
                 f"{type(self).__name__}: {type(self.method).__name__} goes by the products of two batches, which are "
                 "no Gram matrix, and its weights change slowly by themselves; use it without a wrapper"
+            )
+        if isinstance(self.method, RowMethod):
+            raise TypeError(
+                f"{type(self).__name__}: {type(self.method).__name__} needs the rows themselves, and a wrapped method "
+                "is given their Gram matrix; use it by itself"
             )
 
     @property

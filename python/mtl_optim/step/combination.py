@@ -85,16 +85,20 @@ class Combiner:
         mask = self._mask(pattern, table.device)
         active = mask[0] if options.granularity == "model" else mask
         everyone = all(map(all, pattern))
-        gram, weights, certificate = method.weigh_batches(
-            tables, groups=kernel_groups, losses=losses, active=None if everyone else active
+        found = method.combine(
+            tables,
+            groups=kernel_groups,
+            losses=losses,
+            active=None if everyone else active,
+            out=table.like,
+            places=[parameters.places[p] for p in shared],
         )
-        combined = mtl_kernels.combine(table, weights, out=table.like, groups=kernel_groups)
-        for p, grad in zip(shared, combined, strict=True):
+        for p, grad in zip(shared, found.combined, strict=True):
             grads[p] = torch.view_as_complex(grad) if parameters.managed[p].is_complex() else grad
-        if options.head_scaling == "weights":
+        if options.head_scaling == "weights" and found.weights is not None:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
-            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], weights, active)
-        report = Report(tasks, gram, weights, active, certificate, problems)
+            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, active)
+        report = Report(tasks, found.gram, found.weights, active, found.certificate, problems)
         return Combined(grads, owner, report)
 
     def _shared(

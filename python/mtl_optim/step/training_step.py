@@ -358,7 +358,7 @@ class TrainingStep:
         *earlier, found = [[batch.get(name, absent) for name in tasks] for batch in batches]
         with torch.no_grad():
             combined = self._combiner(tasks, found, parameters, values, earlier)
-        tell_norms(self.options.transform, combined.report, list(rows))
+        tell_norms(self.options.transform, combined.report, list(last))
         if method.stops_at_zero_rows:
             self._advice.zero_rows(combined.report)
         return combined
