@@ -188,6 +188,16 @@ def test_seed_backend_and_progress(small_run: Path, tmp_path: Path, capsys: pyte
     assert results["methods"]["PCGrad"]["curve"] != _results(small_run)["methods"]["PCGrad"]["curve"]
 
 
+def test_methods_that_need_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have no weights to speak of, but Gram matrices like all others."""
+    specs = ["graddrop:leak=0.1", "trimmedmean:trim=1", "excessmtl:warmup=1", "moco", "dbmtl"]
+    assert cli.main([*SMALL, "--methods", *specs, "--quiet", "--output", str(tmp_path)]) == 0
+    results = _results(tmp_path)["methods"]
+    assert list(results) == ["GradDrop(leak=0.1)", "TrimmedMean(trim=1)", "ExcessMTL(warmup=1)", "MoCo", "DBMTL"]
+    assert all(any(numbers["mean_cosine"].values()) for numbers in results.values())
+    assert "MoCo" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", [1, 9])
 def test_any_number_of_methods_can_be_drawn(tmp_path: Path, count: int) -> None:
     steps = 200

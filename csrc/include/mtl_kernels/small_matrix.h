@@ -97,6 +97,25 @@ struct PackedCholesky {
     }
   }
 
+  // Factors the n x n matrix whose upper triangle is in place: row k at at(k). Pivots below `floor` count as
+  // it.
+  template <class Team>
+  MTL_HD void factor(const Team& team, int n, double floor) const {
+    for (int k = 0; k < n; ++k) {
+      double* row = at(k);
+      const double root = sqrt(row[k] > floor ? row[k] : floor);
+      team.sync();
+      for (int i = k + team.rank(); i < n; i += team.size()) row[i] = i == k ? root : row[i] / root;
+      team.sync();
+      for (int i = k + 1 + team.squad(); i < n; i += team.num_squads()) {
+        double* below = at(i);
+        const double factor = row[i];
+        for (int j = i + team.lane(); j < n; j += Team::kLanes) below[j] -= factor * row[j];
+      }
+      team.sync();
+    }
+  }
+
   // x <- U'^-1 x over the leading n x n block.
   template <class Team>
   MTL_HD void forward_substitute(const Team& team, int n, double* x) const {
