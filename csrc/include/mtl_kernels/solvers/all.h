@@ -3,8 +3,10 @@
 // The one list of solvers; every backend instantiates from it.
 
 #include "mtl_kernels/solvers/fair.h"
+#include "mtl_kernels/solvers/krum.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
+#include "mtl_kernels/solvers/random_weights.h"
 
 namespace mtl {
 
@@ -21,6 +23,6 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<NashMtl, FairGrad>;
+using AllSolvers = FusedSolvers::Then<FairGrad, Krum, NashMtl, RandomWeights>;
 
 }  // namespace mtl
