@@ -80,7 +80,8 @@ class SDMGrad(DoubleSampling, Preferring):
         pref: see `Preferring`; None is 1 / K each. What counts is their proportion.
         lam: how much the preferred direction counts, >= 0.
         lr, momentum, n_iter: of the steps on w; > 0, in [0, 1), >= 1. The defaults are those of the published code;
-            LibMTL takes lr 5.
+            LibMTL takes lr 5. Steps so long overshoot: w jumps between corners and edges of the simplex, and with eight
+            tasks or more the last bit of A decides, after some training steps, between which. With lr <= 1 w settles.
         normalize: A is divided by m^2, m the mean over the tasks of sqrt(max(A_ii, 0)), as in the published code, where
             ``lr`` is meant for that. Its 1e-8 on top is here relative to the largest entry of A, so that the weights do
             not depend on the scale of the losses. False takes A as it is; ``lr`` must then fit the gradients, and
