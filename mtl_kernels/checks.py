@@ -158,6 +158,8 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate
 def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
     """The call with tensors as the backends take them, checked against the Gram matrix."""
     active, inputs = call.active, call.inputs
+    if call.state is not None:
+        check_state(call.state, gram)
     rng = None if call.rng is None else check_rng(call.rng, gram)
     if active is None and inputs is None and rng is call.rng:
         return call
@@ -185,6 +187,19 @@ def check_rng(rng: Tensor, gram: Tensor) -> Tensor:
     if rng.device != gram.device:
         raise ValueError(f"rng is on {rng.device}, the Gram matrix on {gram.device}; use rng_state(..., device=)")
     return rng.contiguous()
+
+
+def check_state(state: Tensor, gram: Tensor) -> None:
+    """Raise unless ``state`` is contiguous float64 ``[..., n]`` on the device of the Gram matrix: it is written to."""
+    if not isinstance(state, Tensor) or state.dtype is not torch.float64:
+        found = state.dtype if isinstance(state, Tensor) else type(state).__name__
+        raise TypeError(f"expected state as a float64 tensor, found {found}")
+    if state.dim() != gram.dim() - 1 or state.shape[:-1] != gram.shape[:-2]:
+        raise ValueError(f"expected state of shape {[*gram.shape[:-2], 'n']}, found {list(state.shape)}")
+    if state.device != gram.device:
+        raise ValueError(f"state is on {state.device}, the Gram matrix on {gram.device}; move it")
+    if not state.is_contiguous():
+        raise ValueError("expected state contiguous, because it is changed in place; pass state.contiguous()")
 
 
 def per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:

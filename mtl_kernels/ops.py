@@ -103,7 +103,7 @@ def gram_solve(
     _check_call(call)
     if _eager():
         rows = _as_table(rows)
-        if rows.plain and _plain(call.active, call.rng, call.inputs):
+        if rows.plain and _plain(call.active, call.rng, call.inputs, call.state):
             return run.gram_solve(rows, call, groups, backend)
     flat, num_tasks = flatten(rows)
     found = torch.ops.mtl_kernels.gram_solve(flat, num_tasks, _int_list(groups), backend, *flat_call(call))
@@ -197,7 +197,7 @@ def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tupl
         RuntimeError: the backend asked for is not available.
     """
     _check_call(call)
-    if _eager() and _plain(gram, call.active, call.rng, call.inputs):
+    if _eager() and _plain(gram, call.active, call.rng, call.inputs, call.state):
         return run.solve(gram, call, backend)
     weights, certificate = torch.ops.mtl_kernels.solve(gram, backend, *flat_call(call))
     _advance(call)

@@ -97,6 +97,9 @@ class Method:
         """The method for a step in which the gradients of the tasks' heads have these norms, float64 ``[K]``."""
         return self
 
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError where the method is not for K = ``num_tasks`` tasks."""
+
     def solver_call(self, device: torch.device) -> SolverCall | None:
         """The solver of `mtl_kernels` that gives the weights, on ``device``; None if `solve` does it otherwise."""
         return None
@@ -113,6 +116,7 @@ class Method:
             Tensors on the device of ``gram``; nothing is copied to the host.
         """
         check_gram(type(self).__name__, gram)
+        self.check_tasks(gram.shape[-1])
         if (call := self.solver_call(gram.device)) is None:
             raise NotImplementedError(f"{type(self).__name__} defines neither solver_call() nor solve()")
         weights, certificate = ops.solve(gram, call._replace(active=active))
@@ -132,6 +136,7 @@ class Method:
             rows, groups: as for `mtl_kernels.gram`.
             losses, active: as for `solve`.
         """
+        self.check_tasks(rows.num_tasks)
         if (call := self.solver_call(rows.device)) is None:
             gram = mtl_kernels.gram(rows, groups=groups)
             if self.needs_gram:
