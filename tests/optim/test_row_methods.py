@@ -518,15 +518,14 @@ def test_state_is_laid_out_as_the_rows_are(build: Callable[[], RowMethod]) -> No
     torch.testing.assert_close(method.state[f"{method.kept}.0"], plain.state[f"{plain.kept}.0"])
 
 
-def test_complex_and_tied_parameters() -> None:
+def test_complex_parameters_and_several_optimizers() -> None:
     z = nn.Parameter(torch.complex(torch.ones(3), torch.full((3,), 2.0)))
-    tied = nn.Parameter(torch.ones(2))
-    inner = torch.optim.SGD([{"params": [z]}, {"params": [tied]}], lr=0.1)
-    opt = MultiTaskOptimizer(inner, MoCo())
+    other = nn.Parameter(torch.ones(2))
+    opt = MultiTaskOptimizer([torch.optim.SGD([param], lr=0.1) for param in (z, other)], MoCo())
     for _ in range(2):
         opt.zero_grad()
-        opt.backward([(z.abs() ** 2).sum() + tied.sum(), (z.real * 3).sum() + 1 + tied.square().sum()])
-        assert z.grad.is_complex() and z.grad.isfinite().all() and tied.grad.isfinite().all()
+        opt.backward([(z.abs() ** 2).sum() + other.sum(), (z.real * 3).sum() + 1 + other.square().sum()])
+        assert z.grad.is_complex() and z.grad.isfinite().all() and other.grad.isfinite().all()
     assert opt.method.state["average.0"].shape == (2, 3, 2) and opt.method.state["average.1"].shape == (2, 2)
 
 
