@@ -154,7 +154,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 losses are of, 0 to ``method.num_batches - 1``. Nothing is combined until `combine`, `step` or whoever
                 reads a ``.grad`` asks for it, which needs every batch of every task. What is not combined
                 (single-task parameters, param groups with ``mtl=False``, tensors outside the optimizer) has the
-                gradients of the last batch alone, and so has the report.
+                gradients of the last batch alone, whose Gram matrix is in the report.
 
         Raises:
             TypeError, ValueError: losses that are not scalars requiring grad, given twice, of unknown tasks,
@@ -172,7 +172,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         Args:
             name: of the task.
             accumulate: add to the row that an earlier block of this step captured, if any: for micro-batches.
-            batch: which of the step's independent batches, as for `backward`.
+            batch: which of the step's independent batches, as for `backward`. Tensors outside the optimizer that no
+                earlier call of `backward` has reached have the sum over all of them.
 
         Returns:
             A context manager that yields itself. A ``transform`` does not reach into the block: call ``backward()`` on

@@ -37,11 +37,18 @@ def test_dense_rows(implementation: str, num_tasks: int, size: int, dtype: torch
 
 
 @pytest.mark.parametrize(("num_a", "num_b"), [(3, 2), (64, 65), (65, 64), (128, 128), (128, 1), (100, 70)])
-def test_many_rows(implementation: str, num_a: int, num_b: int) -> None:
-    a, b = make_rows(num_a, [(12,), (7,)], seed=1, missing=0.1), make_rows(num_b, [(12,), (7,)], seed=2, missing=0.1)
-    found = mk.cross_gram(a, b, backend=implementation)
+def test_many_rows(num_a: int, num_b: int) -> None:
+    """From 128 in all on, from parts of 64 each."""
+    a, b = (make_rows(num, [(5,), (2,)], seed=num, missing=0.1) for num in (num_a, num_b))
+    found = mk.cross_gram(a, b)
     assert found.shape == (num_a, num_b)
-    check(found, a, b)
+    flat_a, flat_b = (torch.cat([_column(rows, p, size) for p, size in enumerate((5, 2))], 1) for rows in (a, b))
+    torch.testing.assert_close(found, flat_a @ flat_b.T, rtol=0, atol=1e-13)
+
+
+def _column(rows: Table, p: int, size: int) -> torch.Tensor:
+    """One parameter as float64 [K, size], zeros for None."""
+    return torch.stack([torch.zeros(size) if row[p] is None else row[p] for row in rows]).double()
 
 
 def test_ragged_tables_and_groups(backend: str) -> None:

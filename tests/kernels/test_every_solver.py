@@ -33,10 +33,13 @@ class Case(NamedTuple):
 
 
 CASES = [
+    *(Case("fairgrad", (alpha,), power=-2 * alpha / (1 + alpha)) for alpha in (0.0, 0.1, 0.5, 1.0, 2.0, 100.0)),
     Case("krum", (0.0, 1.0)),
     Case("krum", (1.0, 2.0)),
     Case("min_norm", (0.0, 0.0, 0.0)),
     Case("min_norm", (1.0, 60.0, 0.0), residual=0.1),
+    Case("nash_mtl", (0.0, 0.0), power=-1.0),
+    Case("nash_mtl", (1.0, 1.0), power=-1.0),
     Case("pcgrad", (1.0, 0.0)),
     Case("pcgrad", (0.0, 1.0)),
     *(Case("random_weights", (kind,)) for kind in (0.0, 1.0, 2.0, 3.0)),

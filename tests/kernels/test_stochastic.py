@@ -92,6 +92,8 @@ def test_the_projection_is_the_nearest_point(x, backend):
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 5, 33, 40, 128])
 def test_backends_agree(backend, num_tasks):
+    if backend == "reference":
+        pytest.skip("it is what the others are held against")
     a = plain(num_tasks, batch=(3,))
     states = {name: zeros(3, num_tasks) for name in ("expected", "found")}
     for _ in range(3):

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -113,6 +114,16 @@ def test_absent_tasks(build: Callable[[], RowMethod]) -> None:
                 assert torch.equal(value[~active], before[key][~active])
                 assert "." not in key or value.numel() == 0 or not torch.equal(value, before[key])
     assert same_state(masked, absent.state_dict())
+
+
+def test_absence_makes_no_task_lighter_or_heavier() -> None:
+    method, away = ExcessMTL(), torch.tensor([True, True, True, False])
+    method(matrix(0))
+    before = method.state["log_weights"].clone()
+    for seed in range(1, 6):
+        method(matrix(seed), active=away)
+    assert method.state["log_weights"][3] == before[3]
+    assert method.state["log_weights"].exp().sum() == pytest.approx(1, rel=1e-12)
 
 
 def test_definitions_by_hand() -> None:
@@ -440,8 +451,9 @@ def test_reset_and_state_made_in_inference_mode(build: Callable[[], RowMethod]) 
         method(matrix(0), losses=LOSSES)
     plain(matrix(0), losses=LOSSES)
     assert torch.equal(method(matrix(1), losses=LOSSES), plain(matrix(1), losses=LOSSES))
+    held = [weakref.ref(value) for value in method.state.values()]
     method.reset()
-    assert method.state_dict() == {}
+    assert method.state_dict() == {} and not any(ref() is not None for ref in held)
     start = build()
     assert all(torch.equal(method(matrix(k), losses=LOSSES), start(matrix(k), losses=LOSSES)) for k in range(2))
     with pytest.raises(TypeError, match="dict of tensors"):
@@ -506,15 +518,14 @@ def test_state_is_laid_out_as_the_rows_are(build: Callable[[], RowMethod]) -> No
     torch.testing.assert_close(method.state[f"{method.kept}.0"], plain.state[f"{plain.kept}.0"])
 
 
-def test_complex_and_tied_parameters() -> None:
+def test_complex_parameters_and_several_optimizers() -> None:
     z = nn.Parameter(torch.complex(torch.ones(3), torch.full((3,), 2.0)))
-    tied = nn.Parameter(torch.ones(2))
-    inner = torch.optim.SGD([{"params": [z]}, {"params": [tied]}], lr=0.1)
-    opt = MultiTaskOptimizer(inner, MoCo())
+    other = nn.Parameter(torch.ones(2))
+    opt = MultiTaskOptimizer([torch.optim.SGD([param], lr=0.1) for param in (z, other)], MoCo())
     for _ in range(2):
         opt.zero_grad()
-        opt.backward([(z.abs() ** 2).sum() + tied.sum(), (z.real * 3).sum() + 1 + tied.square().sum()])
-        assert z.grad.is_complex() and z.grad.isfinite().all() and tied.grad.isfinite().all()
+        opt.backward([(z.abs() ** 2).sum() + other.sum(), (z.real * 3).sum() + 1 + other.square().sum()])
+        assert z.grad.is_complex() and z.grad.isfinite().all() and other.grad.isfinite().all()
     assert opt.method.state["average.0"].shape == (2, 3, 2) and opt.method.state["average.1"].shape == (2, 2)
 
 

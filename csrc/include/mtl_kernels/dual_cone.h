@@ -20,7 +20,7 @@
 namespace mtl {
 
 // The lengths of the rows of G + reg trace(G) I, for all who work on the problem.
-struct RidgedRows {
+struct ConeRows {
   double* norm;     // n_j times a power of two; 0 for a row that is zero or not active
   double* inverse;  // 1 / n_j; 0 likewise
   double* rho;      // the ridge in units of n_j^2
@@ -30,7 +30,7 @@ struct RidgedRows {
   }
 
   template <class Team>
-  MTL_HD RidgedRows(const Team& team, const Problem& p, double reg, double* memory)
+  MTL_HD ConeRows(const Team& team, const Problem& p, double reg, double* memory)
       : norm(memory), inverse(memory + p.num_tasks), rho(memory + 2 * p.num_tasks) {
     const double root = power_of_two_scale(sqrt(max_active_diagonal(team, p)));
     double partial = 0.0;
@@ -57,7 +57,7 @@ class DualCone {
     return PackedCholesky::doubles(num_tasks) + std::size_t{7} * static_cast<std::size_t>(num_tasks);
   }
 
-  MTL_HD DualCone(const Team& team, const Problem& p, const RidgedRows& unit, int num_active, double* scratch)
+  MTL_HD DualCone(const Team& team, const Problem& p, const ConeRows& unit, int num_active, double* scratch)
       : team_(team),
         p_(p),
         unit_(unit),
@@ -407,7 +407,7 @@ class DualCone {
 
   const Team& team_;
   const Problem& p_;
-  const RidgedRows& unit_;
+  const ConeRows& unit_;
   int num_tasks_;
   double floor_;  // and mu
   PackedCholesky factor_;

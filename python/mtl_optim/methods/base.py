@@ -125,12 +125,12 @@ class Method:
         """
         return self
 
-    def check_tasks(self, num_tasks: int) -> None:
-        """Raise ValueError where the method is not for K = ``num_tasks`` tasks."""
-
     def with_heads(self, norms: Tensor) -> Method:
         """The method for a step in which the gradients of the tasks' heads have these norms, float64 ``[K]``."""
         return self
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError where the method is not for K = ``num_tasks`` tasks."""
 
     def solver_call(self, device: torch.device) -> SolverCall | None:
         """The solver of `mtl_kernels` that gives the weights, on ``device``; None if `solve` does it otherwise."""

@@ -25,8 +25,9 @@ class DoubleSampling(Method):
     The Gram matrix of one batch is on average that of the full gradients plus the covariance of the batch's noise; A is
     without it. Where other methods take a Gram matrix, `solve` and `weights` take A, which need not be symmetric.
 
-    ``state["weights"]`` is w, float64 ``[..., K]``. A matrix that is not finite leaves it as it was. Its shape must not
-    change: with one problem per parameter or param group, the same ones have to be reached in every step.
+    ``state["weights"]`` is w, float64 ``[..., K]``. Where A is not finite it stays as it was, and d is the mean of the
+    last batch's rows. Its shape must not change: with one problem per parameter or param group, the same ones have to
+    be reached in every step.
     """
 
     def weigh_batches(
@@ -40,8 +41,8 @@ class DoubleSampling(Method):
         """The weights of the last batch's rows, beside their Gram matrix; see `Method.weigh_batches`."""
         first, second, *_ = batches
         gram = mtl_kernels.gram(batches[-1], groups=groups)
+        ranges.check_range(batches[-1], gram, groups)
         cross = mtl_kernels.cross_gram(first, second, groups=groups)
-        ranges.check_range(first, cross, groups)
         return Weighted(gram, self.weights(cross, losses=losses, active=active), None)
 
     def _weights(self, gram: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ class SDMGrad(DoubleSampling, Preferring):
         pref: see `Preferring`; None is 1 / K each. What counts is their proportion.
         lam: how much the preferred direction counts, >= 0.
         lr, momentum, n_iter: of the steps on w; > 0, in [0, 1), >= 1. The defaults are those of the published code;
-            LibMTL takes lr 5.
+            LibMTL takes lr 5. Steps so long overshoot: w jumps between corners and edges of the simplex, and with eight
+            tasks or more the last bit of A decides, after some training steps, between which. With lr <= 1 w settles.
         normalize: A is divided by m^2, m the mean over the tasks of sqrt(max(A_ii, 0)), as in the published code, where
             ``lr`` is meant for that. Its 1e-8 on top is here relative to the largest entry of A, so that the weights do
             not depend on the scale of the losses. False takes A as it is; ``lr`` must then fit the gradients, and

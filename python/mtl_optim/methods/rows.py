@@ -212,6 +212,7 @@ class KeepingMethod(RowMethod):
         kept, dtype = self.state.get(key), self.state_dtype or like.dtype
         if kept is None or kept.dtype is not dtype or kept.device != like.device:
             refuse_capture(f"the {key} that {type(self).__name__} keeps would be set up")
+            self._tables.clear()
             with torch.inference_mode(False):
                 # Laid out as the rows are, so that both are read in the same order without a copy.
                 new = torch.empty_strided(

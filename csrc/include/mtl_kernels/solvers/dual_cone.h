@@ -47,7 +47,7 @@ struct Upgrad {
   // 1.3 MB at K = 128.
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     const auto tasks = static_cast<std::size_t>(num_tasks);
-    return RidgedRows::doubles(num_tasks) + tasks * tasks + 2 * tasks +
+    return ConeRows::doubles(num_tasks) + tasks * tasks + 2 * tasks +
            static_cast<std::size_t>(most_squads(num_tasks)) *
                DualCone<SerialTeam>::scratch_doubles(num_tasks);
   }
@@ -57,8 +57,8 @@ struct Upgrad {
     const int num_active = begin(team, p);
     if (num_active == 0) return;
     const int num_tasks = p.num_tasks;
-    const RidgedRows unit(team, p, p.options[0], p.scratch);
-    double* parts = p.scratch + RidgedRows::doubles(num_tasks);  // row i: n_j (w_ij - p_i e_ij)
+    const ConeRows unit(team, p, p.options[0], p.scratch);
+    double* parts = p.scratch + ConeRows::doubles(num_tasks);  // row i: n_j (w_ij - p_i e_ij)
     double* violation = parts + static_cast<std::ptrdiff_t>(num_tasks) * num_tasks;
     double* entered = violation + num_tasks;
     const int num_squads =
@@ -89,7 +89,7 @@ struct Upgrad {
   MTL_HD static constexpr int most_squads(int num_tasks) { return num_tasks < 16 ? num_tasks : 16; }
 
   template <class Squad>
-  MTL_HD static void solve_one(const Squad& squad, const Problem& p, const RidgedRows& unit, int i,
+  MTL_HD static void solve_one(const Squad& squad, const Problem& p, const ConeRows& unit, int i,
                                int num_active, double* parts, double* violation, double* entered,
                                double* scratch) {
     const double length = detail::preference(p, i, num_active) * unit.norm[i];
@@ -122,19 +122,19 @@ struct Dualproj {
 
   // 77 KB at K = 128.
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
-    return RidgedRows::doubles(num_tasks) + DualCone<SerialTeam>::scratch_doubles(num_tasks);
+    return ConeRows::doubles(num_tasks) + DualCone<SerialTeam>::scratch_doubles(num_tasks);
   }
 
   template <class Team>
   MTL_HD static void solve(const Team& team, const Problem& p) {
     const int num_active = begin(team, p);
     if (num_active == 0) return;
-    const RidgedRows unit(team, p, p.options[0], p.scratch);
+    const ConeRows unit(team, p, p.options[0], p.scratch);
     double partial = 0.0;
     for (int j = team.rank(); j < p.num_tasks; j += team.size())
       partial += detail::preference(p, j, num_active) * unit.norm[j];
     const double length = team.sum(partial);
-    DualCone<Team> cone(team, p, unit, num_active, p.scratch + RidgedRows::doubles(p.num_tasks));
+    DualCone<Team> cone(team, p, unit, num_active, p.scratch + ConeRows::doubles(p.num_tasks));
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
       cone.q()[j] = length > 0.0 ? detail::preference(p, j, num_active) * unit.norm[j] / length : 0.0;
       cone.t()[j] = 0.0;
@@ -170,8 +170,8 @@ struct Pcd {
     int first = 0;
     while (!p.is_active(first)) ++first;
     const double tau = p.options[0];
-    const RidgedRows unit(team, p, 0.0, p.scratch);
-    DualCone<Team> cone(team, p, unit, num_active, p.scratch + RidgedRows::doubles(p.num_tasks));
+    const ConeRows unit(team, p, 0.0, p.scratch);
+    DualCone<Team> cone(team, p, unit, num_active, p.scratch + ConeRows::doubles(p.num_tasks));
     double own = 0.0;
     double negated = 0.0;
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
