@@ -567,6 +567,154 @@ void test_stochastic() {
   }
 }
 
+// A factor that a row is taken out of is that of the matrix without it.
+void test_removal() {
+  std::mt19937 engine(23);
+  for (int trial = 0; trial < 300; ++trial) {
+    const int n = 1 + static_cast<int>(engine() % 12);
+    const int gone = static_cast<int>(engine() % 12) % n;
+    const std::vector<double> gram =
+        gram_of(random_rows(engine, static_cast<std::size_t>(n), static_cast<std::size_t>(2 * n), 0));
+    std::vector<double> whole(mtl::PackedCholesky::doubles(n)), column(static_cast<std::size_t>(n));
+    const mtl::PackedCholesky factor{whole.data(), n};
+    for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < j; ++i)
+        column[static_cast<std::size_t>(i)] = gram[static_cast<std::size_t>(i * n + j)];
+      factor.append(mtl::SerialTeam{}, j, column.data(), gram[static_cast<std::size_t>(j * n + j)], 0.0);
+    }
+    factor.remove(mtl::SerialTeam{}, n, gone, column.data());
+    for (int i = 0; i < n - 1; ++i) {
+      for (int j = i; j < n - 1; ++j) {
+        double product = 0;
+        for (int k = 0; k <= i; ++k) product += factor.at(k)[i] * factor.at(k)[j];
+        const double expected = gram[static_cast<std::size_t>((i + (i >= gone)) * n + j + (j >= gone))];
+        CHECK(std::fabs(product - expected) < 1e-12, "trial %d: (%d, %d) of %d without %d: %g, expected %g",
+              trial, i, j, n, gone, product, expected);
+      }
+    }
+  }
+}
+
+// How far DualProj's conditions are from being met, from the matrix as it is; no lower than the rounding of
+// w.
+long double dual_cone_violation(const std::vector<double>& gram, const std::vector<double>& w, double pref,
+                                double reg) {
+  const std::size_t k = w.size();
+  long double trace = 0, unit = 0, longest = 0, worst = 0;
+  for (std::size_t i = 0; i < k; ++i) trace += gram[i * k + i];
+  const auto norm = [&](std::size_t i) { return std::sqrt(gram[i * k + i] + reg * trace); };
+  for (std::size_t i = 0; i < k; ++i) {
+    if (gram[i * k + i] > 0) unit += pref * norm(i), longest += w[i] * norm(i);
+  }
+  if (unit == 0) return 0;
+  for (std::size_t i = 0; i < k; ++i) {
+    if (!(gram[i * k + i] > 0)) continue;
+    long double product = reg * trace * w[i];
+    for (std::size_t j = 0; j < k; ++j) product += static_cast<long double>(gram[i * k + j]) * w[j];
+    product /= norm(i);
+    worst = std::max(worst, w[i] > pref * (1 + 1e-15) ? std::fabs(product) : -product);
+  }
+  return worst / longest;
+}
+
+void test_dual_cone() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 60 + engine() % 69 : 1 + engine() % 12;
+    const int kind = static_cast<int>(engine() % 7);
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), kind);
+    const std::vector<double> gram = gram_of(rows);
+    const double reg = trial % 2 == 0 ? 0 : 1e-4;
+    const Result found = solve<mtl::Dualproj>(gram, {reg});
+    for (double w : found.weights) CHECK(w >= 1.0 / k, "trial %d: a weight of %g", trial, w);
+    const long double violation = dual_cone_violation(gram, found.weights, 1.0 / k, reg);
+    CHECK(violation <= 1e-15L * k, "trial %d kind %d K %zu reg %g: %Lg", trial, kind, k, reg, violation);
+    CHECK(found.iterations <= static_cast<int>(2 * k), "trial %d: %d iterations", trial, found.iterations);
+    if (k > 12) continue;
+    const Result sum = solve<mtl::Upgrad>(gram, {1e-4});
+    CHECK(sum.gap <= 1e-14 * k, "trial %d kind %d K %zu: gap %g", trial, kind, k, sum.gap);
+  }
+}
+
+// The conditions of PCD in its first step, where all a_k are unit rows: with w_1 = c / n_1, (Gw)_j / n_j is
+// at least c tau, and that where w_j > 0. Or 0 in the hull of the others.
+void test_pcd() {
+  std::mt19937 engine(31);
+  int alone = 0;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 60 + engine() % 69 : 1 + engine() % 12;
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), trial % 2 == 0 ? 0 : 2);
+    const std::vector<double> gram = gram_of(rows);
+    const Result found = solve<mtl::Pcd>(gram, {0.1, 0.9, 0.0});
+    if (found.weights[0] == 1 && std::count(found.weights.begin() + 1, found.weights.end(), 0.0) + 1 ==
+                                     static_cast<std::ptrdiff_t>(k)) {
+      ++alone;
+      CHECK(found.gap <= 1e-14 * k, "trial %d K %zu: %g", trial, k, found.gap);
+      continue;
+    }
+    long double longest = 0, square = 0;
+    for (std::size_t i = 0; i < k; ++i) longest += found.weights[i] * std::sqrt(gram[i * k + i]);
+    const long double c = found.weights[0] * std::sqrt(gram[0]);
+    for (std::size_t i = 0; i < k; ++i) {
+      long double product = 0;
+      for (std::size_t j = 0; j < k; ++j)
+        product += static_cast<long double>(gram[i * k + j]) * found.weights[j];
+      square += found.weights[i] * product;
+      const long double over = product / std::sqrt(gram[i * k + i]) - 0.1L * c;
+      CHECK(i == 0 || (found.weights[i] > 0 ? std::fabs(over) : -over) <= 1e-15L * k * longest,
+            "trial %d K %zu: condition %zu off by %Lg of %Lg", trial, k, i, over, longest);
+    }
+    CHECK(std::fabs(square - gram[0]) <= 1e-14L * k * longest * longest, "trial %d: length %Lg", trial,
+          square);
+  }
+  CHECK(alone > 300 && alone < 2000, "%d without an answer", alone);
+}
+
+template <class Solver>
+void check_degenerate_cones(double reg) {
+  const char* name = Solver::name;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Result r = solve<Solver>({4.0}, {reg});
+  CHECK(r.weights[0] == 1 && r.gap == 0, "%s: K = 1", name);
+  r = solve<Solver>({0, 0, 0, 0}, {reg});
+  CHECK(r.weights[0] == 0.5 && r.weights[1] == 0.5 && r.gap == 0, "%s: no rows", name);
+  r = solve<Solver>({1, -1, -1, 1}, {reg});
+  CHECK(std::fabs(r.weights[0] - r.weights[1]) < 1e-10, "%s: opposite", name);
+  r = solve<Solver>({1e300, -1e300, -1e300, 2e300}, {reg});
+  CHECK(r.weights[0] >= 0.5 && r.gap < 1e-15, "%s: large", name);
+  r = solve<Solver>({5e-324, 0, 0, 5e-324}, {reg});
+  CHECK(r.weights[0] == 0.5 && r.gap < 1e-15, "%s: subnormal", name);
+  r = solve<Solver>({1, nan, nan, 1}, {reg});
+  CHECK(r.weights[0] == 0.5 && std::isnan(r.gap), "%s: nan", name);
+  r = solve<Solver>({nan, nan, nan, 1}, {reg}, {0, 1});
+  CHECK(r.weights[0] == 0 && r.weights[1] == 1 && r.gap == 0, "%s: nan in an inactive row", name);
+  r = solve<Solver>({1, 2, 2, 1}, {reg});
+  CHECK(r.weights[0] == 0.5, "%s: an indefinite matrix", name);
+  r = solve<Solver>({1, -2, -2, 1}, {reg});
+  CHECK(std::isfinite(r.weights[0]), "%s: an indefinite matrix", name);
+  r = solve<Solver>({-1, -3, -3, 1}, {reg});
+  CHECK(std::isfinite(r.weights[0]), "%s: a negative diagonal", name);
+}
+
+void test_dual_cone_degenerate() {
+  for (double reg : {0.0, 1e-4}) {
+    check_degenerate_cones<mtl::Upgrad>(reg);
+    check_degenerate_cones<mtl::Dualproj>(reg);
+  }
+}
+
+// Weights that are unique, of one thread and of a few.
+template <class Solver>
+void check_team(const std::vector<double>& gram, const std::vector<double>& options,
+                const std::vector<unsigned char>& active, int threads) {
+  const Result alone = solve<Solver>(gram, options, active);
+  const Result together = solve<Solver>(gram, options, active, nullptr, 0, threads);
+  for (std::size_t i = 0; i < alone.weights.size(); ++i) {
+    const double off = alone.weights[i] - together.weights[i];
+    CHECK(std::fabs(off) <= 1e-9 * (1 + alone.weights[i]), "%s: %d threads: %g", Solver::name, threads, off);
+  }
+}
+
 void test_teams() {
   std::mt19937 engine(13);
   for (int trial = 0; trial < 60; ++trial) {
@@ -590,6 +738,10 @@ void test_teams() {
       const long double difference = objective(rows, alone.weights) - objective(rows, together.weights);
       CHECK(std::fabs(difference) < 1e-12L, "trial %d: %d threads: %Lg", trial, threads, difference);
     }
+    if (kind == 4) continue;  // all but singular: a matter of rounding
+    check_team<mtl::Upgrad>(gram, {1e-4}, active, threads);
+    check_team<mtl::Dualproj>(gram, {1e-4}, active, threads);
+    check_team<mtl::Pcd>(gram, {0.1, 0.9, 0.0}, active, threads);
   }
 }
 
@@ -604,6 +756,10 @@ int main() {
   test_frank_wolfe();
   test_pcgrad();
   test_stochastic();
+  test_removal();
+  test_dual_cone();
+  test_pcd();
+  test_dual_cone_degenerate();
   test_teams();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
