@@ -2,6 +2,7 @@
 
 // The one list of solvers; every backend instantiates from it.
 
+#include "mtl_kernels/solvers/cagrad.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
 
@@ -20,6 +21,6 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<>;
+using AllSolvers = FusedSolvers::Then<Cagrad>;
 
 }  // namespace mtl
