@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..call import SolverCall
+from ..definitions import elementwise
 from ..rows import DTYPE_CODES, RowTable
 
 _cpu: Any = None
@@ -31,6 +32,8 @@ class CpuBackend:
 
     name = "cpu"
     fused = False
+    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
+    update_state = staticmethod(elementwise.update_state)
 
     def missing(self) -> str | None:
         return _reason
