@@ -1,20 +1,9 @@
-"""Hypothesis strategies for task gradients: every rank and scale, and the degenerate shapes they come in."""
+"""Hypothesis strategies for task gradients."""
 
 import numpy as np
 from hypothesis import strategies as st
 
-KINDS = (
-    "plain",
-    "low_rank",
-    "near_parallel",
-    "near_dependent",
-    "duplicate",
-    "anti_parallel",
-    "zero_rows",
-    "integers",
-    "conflicting",
-    "spread",
-)
+from benchmarks.oracles.draw import KINDS, make_rows
 
 
 @st.composite
@@ -35,26 +24,5 @@ def row_matrices(
     kind = draw(st.sampled_from(kinds))
     exponent = draw(st.integers(-max_exponent, max_exponent))
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rows = generator.standard_normal((num_tasks, num_columns))
-    one, other = generator.integers(num_tasks, size=2)
-    if kind == "low_rank":
-        rank = int(generator.integers(1, num_tasks + 1))
-        rows = generator.standard_normal((num_tasks, rank)) @ rows[:rank]
-    elif kind == "near_parallel":
-        rows = rows[:1] + 10.0 ** -generator.integers(1, 10) * rows
-    elif kind == "near_dependent":
-        mixture = generator.standard_normal(num_tasks) @ rows
-        rows[one] = mixture + 10.0 ** -generator.integers(4, 14) * rows[one]
-    elif kind == "duplicate":
-        rows[one] = rows[other]
-    elif kind == "anti_parallel" and one != other:
-        rows[one] = -(10.0 ** generator.integers(-3, 4)) * rows[other]
-    elif kind == "zero_rows":
-        rows[generator.random(num_tasks) < 0.4] = 0.0
-    elif kind == "integers":
-        rows = generator.integers(-2, 3, size=rows.shape).astype(np.float64)
-    elif kind == "conflicting":
-        rows -= 1.5 * rows.mean(axis=0)
-    elif kind == "spread":
-        return rows * 10.0 ** generator.uniform(-max_exponent, max_exponent, size=(num_tasks, 1))
-    return rows * 10.0**exponent
+    rows = make_rows(generator, kind, num_tasks, num_columns, max_exponent)
+    return rows if kind == "spread" else rows * 10.0**exponent

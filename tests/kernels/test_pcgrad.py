@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from placement import backends, host, rng_state
 
 import mtl_kernels as mk
-import oracles
+from benchmarks.oracles import projections as oracles
 from strategies import row_matrices
 
 words = st.integers(-(2**63), 2**63 - 1)

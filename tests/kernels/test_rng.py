@@ -3,7 +3,7 @@ import torch
 from placement import rng_state
 
 import mtl_kernels as mk
-import oracles
+from benchmarks.oracles import projections as oracles
 from mtl_kernels.rng import order_keys, philox
 
 # Known answers published with the Random123 library: counter, key, result.

@@ -23,6 +23,7 @@ struct Result {
   std::vector<double> weights;
   double gap;
   int iterations;
+  std::vector<double> state;
 };
 
 int failures = 0;
@@ -102,6 +103,7 @@ class ThreadTeam {
   int lane() const { return 0; }
   double from_lane(double x, int) const { return x; }
   unsigned least(unsigned x) const { return x; }
+  mtl::SerialTeam as_team() const { return {}; }
 
  private:
   std::vector<mtl::IndexedValue> exchange(mtl::IndexedValue mine) const {
@@ -120,11 +122,12 @@ class ThreadTeam {
 template <class Solver>
 Result solve(const std::vector<double>& gram, const std::vector<double>& options,
              const std::vector<unsigned char>& active = {}, const std::int64_t* rng = nullptr,
-             std::int64_t index = 0, int threads = 1) {
+             std::int64_t index = 0, int threads = 1, const std::vector<double>& state = {}) {
   const int k = static_cast<int>(std::lround(std::sqrt(static_cast<double>(gram.size()))));
   std::vector<double> scratch(Solver::scratch_doubles(k), std::numeric_limits<double>::quiet_NaN());
   std::vector<double> certificate(2);
-  Result result{std::vector<double>(static_cast<std::size_t>(k), -1.0), 0.0, 0};
+  Result result{std::vector<double>(static_cast<std::size_t>(k), -1.0), 0.0, 0, state};
+  result.state.resize(Solver::state_doubles(k));
   mtl::Problem p{};
   p.num_tasks = k;
   p.gram = gram.data();
@@ -132,6 +135,7 @@ Result solve(const std::vector<double>& gram, const std::vector<double>& options
   p.rng = rng;
   p.index = index;
   p.options = options.data();
+  p.state = result.state.data();
   p.weights = result.weights.data();
   p.certificate = certificate.data();
   p.scratch = scratch.data();
@@ -497,6 +501,72 @@ void test_pcgrad() {
   CHECK(128 * found.weights[0] > 1.0 && 128 * found.weights[127] > 1.0, "K = 128: %g", found.weights[0]);
 }
 
+// The nearest point of the simplex by its definition: x minus what makes the positive part add up to 1.
+std::vector<double> project(std::vector<double> x) {
+  long double low = *std::max_element(x.begin(), x.end()) - 1.0L, high = low + 1;
+  for (int halving = 0; halving < 200; ++halving) {
+    const long double middle = (low + high) / 2;
+    long double total = 0;
+    for (double value : x) total += std::max(value - middle, 0.0L);
+    (total > 1 ? low : high) = middle;
+  }
+  for (double& value : x) value = static_cast<double>(std::max(value - high, 0.0L));
+  return x;
+}
+
+void test_stochastic() {
+  std::mt19937 engine(19);
+  const std::vector<double> published{0.3, 10, 0.5, 20, 1};
+  for (int trial = 0; trial < 300; ++trial) {
+    const std::size_t k = trial % 50 == 0 ? 128 : 1 + engine() % 12;
+    const Matrix first = random_rows(engine, k, 1 + engine() % (2 * k), static_cast<int>(engine() % 4));
+    Matrix rows = first;
+    for (const std::vector<double>& row : random_rows(engine, k, first[0].size(), 0)) rows.push_back(row);
+    const std::vector<double> both = gram_of(rows);
+    std::vector<double> products(k * k);
+    for (std::size_t i = 0; i < k; ++i)
+      for (std::size_t j = 0; j < k; ++j)
+        products[i * k + j] = both[i * 2 * k + j] + both[i * 2 * k + k + j];  // not symmetric
+    std::vector<double> w(k, 1.0 / static_cast<double>(k)), x(k);
+    std::vector<double> state;
+    for (int step = 0; step < 3; ++step) {
+      const Result found = solve<mtl::Modo>(products, {0.1, 0.2}, {}, nullptr, 0, 1, state);
+      double longest = 1;
+      for (std::size_t i = 0; i < k; ++i) {
+        long double product = 0;
+        for (std::size_t j = 0; j < k; ++j) product += static_cast<long double>(products[i * k + j]) * w[j];
+        x[i] = static_cast<double>(w[i] - 0.1L * (product + 0.2L * w[i]));
+        longest = std::max(longest, std::fabs(x[i]));
+      }
+      const std::vector<double> expected = project(x);
+      for (std::size_t i = 0; i < k; ++i) {
+        CHECK(std::fabs(found.weights[i] - expected[i]) <= 1e-14 * longest, "trial %d K %zu: %g, expected %g",
+              trial, k, found.weights[i], expected[i]);
+        CHECK(found.state[i] == found.weights[i], "trial %d: the state is the weights", trial);
+      }
+      w = state = found.state;
+    }
+    std::vector<unsigned char> active(k, 1);
+    if (trial % 3 == 0) active[engine() % k] = 0;
+    const Result alone = solve<mtl::Sdmgrad>(products, published, active, nullptr, 0, 1, state);
+    double total = 0, kept = 0;
+    for (std::size_t i = 0; i < k; ++i) {
+      CHECK(alone.weights[i] >= 0 && (active[i] != 0 || alone.weights[i] == 0), "trial %d", trial);
+      CHECK(active[i] != 0 || alone.state[i] == state[i], "trial %d: a task that is away", trial);
+      total += alone.weights[i];
+      kept += alone.state[i];
+    }
+    if (std::count(active.begin(), active.end(), 1) == 0) continue;
+    CHECK(std::fabs(total - 1) < 1e-13, "trial %d: weights sum to %.17g", trial, total);
+    CHECK(kept > 0.99, "trial %d: the state sums to %.17g", trial, kept);
+    if (trial % 5 != 0) continue;
+    // Long steps carry a difference of one bit through the whole simplex.
+    const Result team = solve<mtl::Sdmgrad>(products, published, active, nullptr, 0, 2 + trial % 4, state);
+    CHECK(team.weights == alone.weights && team.state == alone.state, "trial %d: other bits from a team",
+          trial);
+  }
+}
+
 void test_teams() {
   std::mt19937 engine(13);
   for (int trial = 0; trial < 60; ++trial) {
@@ -533,6 +603,7 @@ int main() {
   test_min_norm_degenerate();
   test_frank_wolfe();
   test_pcgrad();
+  test_stochastic();
   test_teams();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

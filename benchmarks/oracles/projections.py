@@ -1,7 +1,14 @@
-"""Independent float64 implementations to hold the solvers against: on rows, not on Gram matrices."""
+"""PCGrad by its definition: explicit projections of vectors, in an order drawn by a Philox in Python integers."""
+
+from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import nnls
+import torch
+
+from mtl_kernels import pcgrad_weights, rng_state
+
+from . import agrees
+from .draw import draw_rows
 
 WORD = 0xFFFFFFFF
 
@@ -38,16 +45,13 @@ def pcgrad_direction(rows: np.ndarray, orders: list[list[int]]) -> np.ndarray:
     return total
 
 
-def min_norm(rows: np.ndarray) -> np.ndarray:
-    """Simplex weights of the least-norm combination, by scipy's non-negative least squares on unit rows.
-
-    With U the unit rows and a_k = min n / n_k: u >= 0 that minimises |U'u|^2 + (a'u - 1)^2, then w ~ a u.
-    """
-    length = np.linalg.norm(rows, axis=1)
-    if length.min() == 0:
-        return np.eye(len(rows))[length.argmin()]
-    a = length.min() / length
-    system = np.vstack([(rows / length[:, None]).T, a])
-    solution, _ = nnls(system, np.append(np.zeros(rows.shape[1]), 1.0), maxiter=100 * len(rows))
-    weights = solution * a
-    return weights / weights.sum()
+@agrees("pcgrad", oracle="projections of vectors", tolerance=1e-12)
+def pcgrad(generator: np.random.Generator) -> float:
+    """How far the directions are apart, relative to the lengths of the weighted rows."""
+    rows = draw_rows(generator)
+    seed, step = (int(n) for n in generator.integers(2**40, size=2))
+    weights = pcgrad_weights(torch.from_numpy(rows @ rows.T), rng=rng_state(seed, step)).numpy()
+    orders = [pcgrad_order(seed, step, 0, i, len(rows)) for i in range(len(rows))]
+    scale = np.abs(weights) @ np.linalg.norm(rows, axis=1)
+    off = np.linalg.norm(rows.T @ weights - pcgrad_direction(rows, orders))
+    return float(off / scale) if scale > 0 else float(off)
