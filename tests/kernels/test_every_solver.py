@@ -38,11 +38,14 @@ CASES = [
     Case("krum", (1.0, 2.0)),
     Case("min_norm", (0.0, 0.0, 0.0)),
     Case("min_norm", (1.0, 60.0, 0.0), residual=0.1),
+    Case("modo", (0.1, 0.1), power=None),
     Case("nash_mtl", (0.0, 0.0), power=-1.0),
     Case("nash_mtl", (1.0, 1.0), power=-1.0),
     Case("pcgrad", (1.0, 0.0)),
     Case("pcgrad", (0.0, 1.0)),
     *(Case("random_weights", (kind,)) for kind in (0.0, 1.0, 2.0, 3.0)),
+    Case("sdmgrad", (0.3, 1.0, 0.5, 20.0, 1.0), inputs=True),
+    Case("sdmgrad", (0.0, 0.1, 0.9, 5.0, 1.0)),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.solver}-{case.options}")
 
