@@ -52,7 +52,8 @@ CASES = [
     Case("pcgrad", (1.0, 0.0)),
     Case("pcgrad", (0.0, 1.0)),
     *(Case("random_weights", (kind,)) for kind in (0.0, 1.0, 2.0, 3.0)),
-    Case("sdmgrad", (0.3, 10.0, 0.5, 20.0, 1.0), inputs=True),
+    Case("sdmgrad", (0.3, 1.0, 0.5, 20.0, 1.0), inputs=True),
+    Case("sdmgrad", (0.0, 0.1, 0.9, 5.0, 1.0)),
     Case("upgrad", (1e-4,)),
     Case("upgrad", (0.0,), inputs=True),
 ]
