@@ -122,6 +122,12 @@ def get_loss(name: str, **options: Any) -> LossCombination:
     return _make("get_loss", name, losses.get(found), options)
 
 
+def loss_class(name: str) -> type[LossCombination] | None:
+    """The combination of losses that `get_loss` finds by this name; None if there is none."""
+    found = _known(name, losses.available(), LOSS_ALIASES)
+    return losses.get(found) if found else None
+
+
 def _find(name: str, what: str, names: Sequence[str], aliases: Mapping[str, str]) -> str | None:
     """The name that a thing has here; None if it is known as one of the other kind.
 
