@@ -10,7 +10,7 @@ import torch
 from mtl_kernels import SolverCall
 from mtl_kernels.solvers.dual_cone import dual_cone_options
 
-from .base import About
+from .base import About, check_number
 from .preference import Preferring
 
 
@@ -26,10 +26,7 @@ class _Projecting(Preferring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            dual_cone_options(self.reg)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: {error}") from None
+        check_number(type(self).__name__, "reg", self.reg, ">= 0", lambda reg: reg >= 0)
 
     @property
     def weighs_alone(self) -> bool:
