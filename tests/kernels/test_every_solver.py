@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case("fairgrad", (alpha,), power=-2 * alpha / (1 + alpha)) for alpha in (0.0, 0.1, 0.5, 1.0, 2.0, 100.0)),
+    *(Case("fairgrad", (alpha,), power=-2 * alpha / (1 + alpha)) for alpha in (0.1, 2.0)),
     Case("krum", (0.0, 1.0)),
     Case("krum", (1.0, 2.0)),
     Case("min_norm", (0.0, 0.0, 0.0)),
