@@ -14,6 +14,7 @@ import mtl_kernels
 from mtl_kernels import Solution
 
 from .base import About, Method, check_active, check_choice, check_gram
+from .rows import RowMethod
 from .shares import equal_shares, finite_among
 
 _INNER = "method."
@@ -30,7 +31,8 @@ class Wrapper(Method):
         method: the method that is wrapped, an instance.
 
     Raises:
-        TypeError: it is no method.
+        TypeError: it is no method, or one that needs the rows.
+        ValueError: it takes several batches a step.
     """
 
     method: Method
@@ -40,6 +42,16 @@ class Wrapper(Method):
             raise TypeError(
                 f"{type(self).__name__}: expected a method such as MGDA(), found {self.method!r}; of a name, "
                 "methods.get(name)() makes one"
+            )
+        if self.method.num_batches > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {type(self.method).__name__} goes by the products of two batches, which are "
+                "no Gram matrix, and its weights change slowly by themselves; use it without a wrapper"
+            )
+        if isinstance(self.method, RowMethod):
+            raise TypeError(
+                f"{type(self).__name__}: {type(self.method).__name__} needs the rows themselves, and a wrapped method "
+                "is given their Gram matrix; use it by itself"
             )
 
     @property
@@ -59,7 +71,18 @@ class Wrapper(Method):
 
     def bound_to(self: _W, tasks: tuple[str, ...]) -> _W:
         """A wrapper, with this one's state, of the wrapped method bound to the tasks; see `Method.bound_to`."""
-        method = self.method.bound_to(tasks)
+        return self._around(self.method.bound_to(tasks))
+
+    @property
+    def needs_heads(self) -> bool:
+        """Whether the wrapped method does."""
+        return self.method.needs_heads
+
+    def with_heads(self: _W, norms: Tensor) -> _W:
+        """A wrapper, with this one's state, of the wrapped method told of the heads; see `Method.with_heads`."""
+        return self._around(self.method.with_heads(norms))
+
+    def _around(self: _W, method: Method) -> _W:
         if method is self.method:
             return self
         bound = dataclasses.replace(self, method=method)
@@ -112,7 +135,7 @@ class Normalized(Wrapper):
             they are.
 
     Raises:
-        TypeError: it is no method.
+        TypeError, ValueError: it is no method, or one that takes several batches a step.
     """
 
     name: ClassVar[str] = "normalized"
@@ -160,7 +183,8 @@ class CRMOGM(Wrapper):
     have to be reached in every step. There is no certificate: the average does not solve the wrapped method's problem.
 
     Raises:
-        TypeError, ValueError: no method, alpha is not a number in [0, 1], or an unknown start.
+        TypeError, ValueError: no method, one that takes several batches a step, alpha is not a number in [0, 1], or an
+            unknown start.
     """
 
     name: ClassVar[str] = "crmogm"
