@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from . import methods
 from .methods import Method
 
-ALIASES = {"ew": "sum", "random": "randomweights", "rlw": "randomweights"}
+ALIASES = {"ew": "sum", "imtl": "imtlg", "random": "randomweights", "rlw": "randomweights"}
 """Names that TorchJD and LibMTL have for methods, in lower case and without underscores, where ours is another."""
 
 

@@ -121,8 +121,9 @@ void test_plans_of_several_threads() {
 
 void test_solve() {
   set_device(1, 2);  // several problems a block
-  const SolverCase solvers[] = {
-      {"pcgrad", {1, 1}}, {"pcgrad", {0, 0}}, {"min_norm", {0, 0, 0}}, {"min_norm", {1, 50, 0}}};
+  const SolverCase solvers[] = {{"pcgrad", {1, 1}},       {"pcgrad", {0, 0}},         {"min_norm", {0, 0, 0}},
+                                {"min_norm", {1, 50, 0}}, {"aligned_mtl", {1, 1e-9}}, {"config", {3, 0}},
+                                {"imtl_g", {0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
   for (const int room : {opt_in, 2 << 10}) {
     emulation::options().shared_bytes_opt_in = room;

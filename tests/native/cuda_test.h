@@ -134,7 +134,7 @@ struct Solution {
 };
 Solution solve_on_host(const SolverCase& solver, int num_tasks, const double* gram,
                        const unsigned char* active, const std::int64_t* rng, std::int64_t index);
-// pcgrad: the same bits. min_norm adds up in another order: the same least norm.
+// The same bits; but min_norm adds up in another order: the same least norm.
 void expect_same_solution(const SolverCase& solver, int num_tasks, const double* gram, const double* weights,
                           const double* certificate, const Solution& host);
 
