@@ -288,3 +288,11 @@ def rtol_option(rtol: object) -> float:
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
         raise ValueError(f"expected rtol as a number in (0, 1) or None, found {rtol!r}")
     return float(rtol)
+
+
+def preferences(pref: Tensor | None, gram: Tensor) -> Tensor | None:
+    """``pref`` as float64 ``[K]`` or ``[..., K]``, checked against the Gram matrix; None as it is."""
+    if pref is None:
+        return None
+    check_gram(gram)
+    return per_task(pref, gram, "pref", torch.float64)

@@ -11,7 +11,7 @@ from . import losses, methods
 from .losses import LossCombination, SumOfTerms
 from .methods import Method
 
-ALIASES = {"ew": "sum", "random": "randomweights", "rlw": "randomweights"}
+ALIASES = {"ew": "sum", "imtl": "imtlg", "random": "randomweights", "rlw": "randomweights"}
 """Names that TorchJD and LibMTL have for methods, in lower case and without underscores, where ours is another."""
 
 LOSS_ALIASES = {
