@@ -17,6 +17,8 @@ class SolverCall(NamedTuple):
         active: bool ``[K]`` or ``[..., K]``; tasks that are False take no part and get weight 0.
         rng: int64 ``[2]``, seed and step, see `mtl_kernels.rng_state`; None for solvers that draw nothing.
         inputs: extra inputs of each task, ``[K]`` or ``[..., K]``.
+        state: float64 ``[..., n]``, contiguous, what the solver keeps of each problem between steps; changed in place
+            but for problems that are not finite or have no active task. None for solvers that keep nothing.
         advance_rng: add one to the step of ``rng`` on its device, once every problem has read it.
         certified: whether the certificate is wanted; those of solvers in closed form say nothing.
     """
@@ -26,6 +28,7 @@ class SolverCall(NamedTuple):
     active: Tensor | None = None
     rng: Tensor | None = None
     inputs: Tensor | None = None
+    state: Tensor | None = None
     advance_rng: bool = False
     certified: bool = True
 

@@ -223,6 +223,8 @@ def check_state(table: RowTable, state: RowTable, call: StateCall, groups: Seque
 def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
     """The call with tensors as the backends take them, checked against the Gram matrix."""
     active, inputs = call.active, call.inputs
+    if call.state is not None:
+        check_solver_state(call.state, gram)
     rng = None if call.rng is None else check_rng(call.rng, gram.device, "the Gram matrix")
     if active is None and inputs is None and rng is call.rng:
         return call
@@ -252,6 +254,19 @@ def check_rng(rng: Tensor | None, device: torch.device, beside: str) -> Tensor:
     return rng.contiguous()
 
 
+def check_solver_state(state: Tensor, gram: Tensor) -> None:
+    """Raise unless ``state`` is contiguous float64 ``[..., n]`` on the device of the Gram matrix: it is written to."""
+    if not isinstance(state, Tensor) or state.dtype is not torch.float64:
+        found = state.dtype if isinstance(state, Tensor) else type(state).__name__
+        raise TypeError(f"expected state as a float64 tensor, found {found}")
+    if state.dim() != gram.dim() - 1 or state.shape[:-1] != gram.shape[:-2]:
+        raise ValueError(f"expected state of shape {[*gram.shape[:-2], 'n']}, found {list(state.shape)}")
+    if state.device != gram.device:
+        raise ValueError(f"state is on {state.device}, the Gram matrix on {gram.device}; move it")
+    if not state.is_contiguous():
+        raise ValueError("expected state contiguous, because it is changed in place; pass state.contiguous()")
+
+
 def per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """A per-task argument as contiguous ``[K]`` or ``[..., K]``, checked against the Gram matrix."""
     if not isinstance(values, Tensor) or (values.dtype is torch.bool) != (dtype is torch.bool):
@@ -264,3 +279,12 @@ def per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Ten
     if values.shape == gram.shape[:-1] or values.shape == (num_tasks,):
         return values.detach().to(dtype).contiguous()
     raise ValueError(f"expected {name} of shape [{num_tasks}] or {list(gram.shape[:-1])}, found {list(values.shape)}")
+
+
+def rtol_option(rtol: object) -> float:
+    """``rtol`` as solvers take it, 0 for None. Raise ValueError unless it is None or in (0, 1)."""
+    if rtol is None:
+        return 0.0
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
+        raise ValueError(f"expected rtol as a number in (0, 1) or None, found {rtol!r}")
+    return float(rtol)

@@ -11,8 +11,8 @@ from . import checks, run
 from .call import ColumnCall, SolverCall, StateCall
 from .rows import Row, RowTable, check_num_tasks
 
-_CALL = "str solver, float[] options, Tensor? active, Tensor? rng, Tensor? inputs"
-"""A `SolverCall`, flat. Operators change no argument but ``out``: ``advance_rng`` is left to their callers."""
+_CALL = "str solver, float[] options, Tensor? active, Tensor? rng, Tensor? inputs, Tensor(a!)? state=None"
+"""A `SolverCall`, flat. Operators change no argument but ``out`` and the state: ``advance_rng`` is left to callers."""
 
 _COLUMN_CALL = "str operation, Tensor? leak, Tensor? rng, int trim"
 """A `ColumnCall`, flat."""
@@ -60,9 +60,11 @@ def flatten(rows: Tensor | Sequence[Row] | RowTable) -> tuple[list[Tensor | None
     return [tensor for row in rows for tensor in row], len(rows)
 
 
-def flat_call(call: SolverCall) -> tuple[str, list[float], Tensor | None, Tensor | None, Tensor | None]:
+def flat_call(
+    call: SolverCall,
+) -> tuple[str, list[float], Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """A call as the operators take it."""
-    return call.solver, list(call.options), call.active, call.rng, call.inputs
+    return call.solver, list(call.options), call.active, call.rng, call.inputs, call.state
 
 
 def unflatten(flat: Sequence[Tensor | None], num_tasks: int) -> RowTable:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import run
 from .call import ColumnCall, SolverCall, StateCall
 from .library import flat_call, flatten
-from .rows import Row, RowTable
+from .rows import MAX_TASKS, Row, RowTable
 
 _PLAIN = frozenset({Tensor, type(None)})
 
@@ -50,6 +50,53 @@ def gram(
     flat, num_tasks = flatten(rows)
     found: Tensor = torch.ops.mtl_kernels.gram(flat, num_tasks, _int_list(groups), backend)
     return found
+
+
+def cross_gram(
+    rows_a: Tensor | Sequence[Row] | RowTable,
+    rows_b: Tensor | Sequence[Row] | RowTable,
+    *,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The products of the rows of two tables, A_ij = <a_i, b_j>: those of a task's gradients on two batches.
+
+    Args:
+        rows_a, rows_b: each as for `gram`, of one kind: parameters of the same shapes, dtypes and device.
+        groups, backend: as for `gram`.
+
+    Returns:
+        float64 ``[K_a, K_b]``, or ``[S, K_a, K_b]`` with ``groups``: the entries that `gram` of all rows has. Up to
+        128 rows in all are read once; of more than 64 in a table, each is read as often as the other has parts of 64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gram`, for all rows together.
+    """
+    a, b = _row_list(rows_a), _row_list(rows_b)
+    captured = all(isinstance(rows, RowTable) and rows.captured for rows in (rows_a, rows_b))
+
+    def block(some_a: Sequence[Row], some_b: Sequence[Row]) -> Tensor:
+        both = [*some_a, *some_b]
+        table = RowTable(both, captured=True) if captured and _eager() else both
+        return gram(table, groups=groups, backend=backend)[..., : len(some_a), len(some_a) :]
+
+    if len(a) + len(b) <= MAX_TASKS:
+        return block(a, b).contiguous()
+    half = MAX_TASKS // 2
+    return torch.cat(
+        [
+            torch.cat([block(a[i : i + half], b[j : j + half]) for j in range(0, len(b), half)], -1)
+            for i in range(0, len(a), half)
+        ],
+        -2,
+    )
+
+
+def _row_list(rows: Tensor | Sequence[Row] | RowTable) -> list[Row]:
+    """The rows one by one, each a list of parameters. Raise ValueError for too many, or none."""
+    flat, num_tasks = flatten(rows)
+    num_params = len(flat) // num_tasks
+    return [flat[k * num_params : (k + 1) * num_params] for k in range(num_tasks)]
 
 
 class Statistics(NamedTuple):
@@ -103,7 +150,7 @@ def gram_solve(
     _check_call(call)
     if _eager():
         rows = _as_table(rows)
-        if rows.plain and _plain(call.active, call.rng, call.inputs):
+        if rows.plain and _plain(call.active, call.rng, call.inputs, call.state):
             return run.gram_solve(rows, call, groups, backend)
     flat, num_tasks = flatten(rows)
     found = torch.ops.mtl_kernels.gram_solve(flat, num_tasks, _int_list(groups), backend, *flat_call(call))
@@ -353,7 +400,7 @@ def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tupl
     """Runs one solver over a batch of Gram matrices; the functions of `mtl_kernels.solvers` are its users.
 
     Args:
-        gram: ``[..., K, K]`` symmetric, floating point; used in float64.
+        gram: ``[..., K, K]``, floating point; used in float64. Symmetric, but for solvers that say otherwise.
         call: the solver, its options and inputs, see `SolverCall`.
         backend: as for `gram`.
 
@@ -368,7 +415,7 @@ def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tupl
         RuntimeError: the backend asked for is not available.
     """
     _check_call(call)
-    if _eager() and _plain(gram, call.active, call.rng, call.inputs):
+    if _eager() and _plain(gram, call.active, call.rng, call.inputs, call.state):
         return run.solve(gram, call, backend)
     weights, certificate = torch.ops.mtl_kernels.solve(gram, backend, *flat_call(call))
     _advance(call)

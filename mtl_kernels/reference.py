@@ -16,6 +16,7 @@ __all__ = [
     "accumulate_squares",
     "combine",
     "cosines",
+    "cross_gram",
     "graddrop",
     "gram",
     "gram_solve",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 gram = functools.partial(ops.gram, backend="reference")
+cross_gram = functools.partial(ops.cross_gram, backend="reference")
 statistics = functools.partial(ops.statistics, backend="reference")
 gram_solve = functools.partial(ops.gram_solve, backend="reference")
 combine = functools.partial(ops.combine, backend="reference")

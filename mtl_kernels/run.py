@@ -11,6 +11,7 @@ from . import checks, dispatch, ranges
 from .angles import cosines, norms
 from .backends import Backend, is_fused
 from .call import ColumnCall, SolverCall, StateCall
+from .definitions import solving
 from .rows import Row, RowTable
 
 
@@ -53,9 +54,13 @@ def gram_solve(
     chosen = dispatch.resolve(table.device, backend)
     gram = _new_gram(chosen, (*lead, table.num_tasks, table.num_tasks), table.device)
     checked = checks.check_call(call, gram)
-    if is_fused(chosen) and checked.rng is call.rng:
+    if is_fused(chosen) and chosen.fuses(call.solver) and checked.rng is call.rng:
         return gram, *chosen.gram_solve_into(table, group_list, gram, checked)
     chosen.gram_into(table, group_list, gram.view(-1, *gram.shape[-2:]))
+    definition = solving.DEFINITIONS.get(call.solver)
+    if definition is not None and not definition.scale_free:
+        ranges.check_range(table, gram, groups)
+        return gram, *_solve(chosen, call, checked, gram)
     if not ranges.leaves_range(table, gram):
         return gram, *_solve(chosen, call, checked, gram)
     scaled = ranges.scaled_gram(table, group_list, num_groups)

@@ -114,11 +114,13 @@ void update_state(std::vector<Address> states, std::vector<std::int64_t> numels,
 
 void solve(const std::string& solver, std::int64_t batch, int num_tasks, Address gram, Address active,
            std::int64_t active_stride, Address rng, const std::vector<double>& options, Address inputs,
-           std::int64_t inputs_stride, Address weights, Address certificate, int threads) {
+           std::int64_t inputs_stride, Address state, std::int64_t state_doubles, Address weights,
+           Address certificate, int threads) {
   py::gil_scoped_release release;
   mtl::cpu::solve(solver, batch, num_tasks, at<const double>(gram), at<const unsigned char>(active),
                   active_stride, at<const std::int64_t>(rng), options, at<const double>(inputs),
-                  inputs_stride, at<double>(weights), at<double>(certificate), threads);
+                  inputs_stride, at<double>(state), state_doubles, at<double>(weights),
+                  at<double>(certificate), threads);
 }
 
 }  // namespace

@@ -119,7 +119,7 @@ class CpuBackend:
             batch = math.prod(shape[:-2])
             weights = gram.new_empty(shape[:-1])
             certificate = gram.new_empty((*shape[:-2], 2)) if call.certified else None
-        active, rng, inputs = call.active, call.rng, call.inputs
+        active, rng, inputs, state = call.active, call.rng, call.inputs, call.state
         _cpu.solve(
             call.solver,
             batch,
@@ -131,6 +131,8 @@ class CpuBackend:
             call.options,
             0 if inputs is None else inputs.data_ptr(),
             0 if inputs is None or inputs.dim() == 1 else num_tasks,
+            0 if state is None else state.data_ptr(),
+            0 if state is None else state.shape[-1],
             weights.data_ptr(),
             0 if certificate is None else certificate.data_ptr(),
             1 if batch == 1 else torch.get_num_threads(),

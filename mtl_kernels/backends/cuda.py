@@ -185,6 +185,9 @@ class CudaBackend:
     ) -> None:
         self._gram(table, groups, gram, norms, cosines)
 
+    def fuses(self, solver: str) -> bool:
+        return solver in self._module.fused_solvers
+
     def gram_solve_into(
         self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall
     ) -> tuple[Tensor, Tensor]:
@@ -287,7 +290,7 @@ class CudaBackend:
 
     def _solver(self, call: SolverCall, gram: Tensor, weights: Tensor, certificate: Tensor) -> Any:
         num_tasks = gram.shape[-1]
-        active, inputs = call.active, call.inputs
+        active, inputs, state = call.active, call.inputs, call.state
         return self._module.SolverArguments(
             call.solver,
             num_tasks,
@@ -298,6 +301,8 @@ class CudaBackend:
             call.options,
             _address(inputs),
             0 if inputs is None or inputs.dim() == 1 else num_tasks,
+            _address(state),
+            0 if state is None else state.shape[-1],
             weights.data_ptr(),
             certificate.data_ptr(),
         )

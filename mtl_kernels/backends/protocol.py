@@ -70,6 +70,9 @@ class FusedBackend(Backend, Protocol):
     ) -> None:
         """Writes Gram ``[S, K, K]``, norms ``[S, K]`` and cosines ``[S, K, K]`` of each group."""
 
+    def fuses(self, solver: str) -> bool:
+        """Whether `gram_solve_into` runs the solver; others are a launch of their own."""
+
     def gram_solve_into(
         self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall
     ) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ class TritonBackend:
             _kernels("combine").combine_into(table, weights, groups, out, accumulate)
 
     def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
-        solving.check(call)
+        solving.check(call, gram.shape[-1])
         if call.solver not in SOLVERS:
             return host.solve(call, gram)
         weights = gram.new_empty(gram.shape[:-1])

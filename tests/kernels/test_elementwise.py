@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import mtl_kernels as mk
-from oracles import WORD, philox4x32_10
+from benchmarks.oracles.projections import WORD, philox4x32_10
 
 SHAPES = [(0,), (1,), (3, 5), (), (130,), (2, 0, 4), (16,), (1000,), (7, 1), (1, 1)]
 SIZES = [

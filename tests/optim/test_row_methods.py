@@ -107,7 +107,7 @@ def test_absent_tasks(build: Callable[[], RowMethod]) -> None:
         rows[~active], losses[~active] = torch.inf, torch.nan
         found = masked(cut(rows), losses=losses, active=None if seed == 0 else active)
         table = mk.RowTable(given)
-        other = absent.combine(table, losses=losses, active=active)
+        other = absent.combine([table], losses=losses, active=active)
         assert torch.equal(joined(found), joined(other.combined)) and joined(found).isfinite().all()
         for key, value in masked.state_dict().items():
             if seed > 0 and key not in ("rng", "step"):
@@ -339,7 +339,7 @@ def test_plain_groups_and_absent_tasks_in_the_optimizer(build: Callable[[], RowM
         by_name = dict(zip(losses, rows, strict=True))
         table = mk.RowTable([by_name.get(name, [None] * 2) for name in ALL])
         values = torch.stack([losses[name].detach() if name in losses else torch.ones(()).double() for name in ALL])
-        expected = method.combine(table, losses=values, active=active).combined
+        expected = method.combine([table], losses=values, active=active).combined
         total = rows_of([sum(losses.values())], plain)[0]
         before = opt.method.state_dict()
         opt.zero_grad()
@@ -379,7 +379,7 @@ def test_another_number_of_tasks_is_refused(build: Callable[[], RowMethod]) -> N
     with pytest.raises(ValueError, match=rf"{name} keeps \w+.0 of shape \[4, 11\] for a parameter that is \[10\] now"):
         method(matrix(0)[:, :10], losses=LOSSES)
     with pytest.raises(ValueError, match=r"of shape \[[14]\] and was given \[2\] problems of 4 tasks"):
-        method.combine(mk.RowTable(cut(matrix(0))), groups=[0, 0, 0, 1, 1], losses=LOSSES, places=range(10, 15))
+        method.combine([mk.RowTable(cut(matrix(0)))], groups=[0, 0, 0, 1, 1], losses=LOSSES, places=range(10, 15))
     assert same_state(method, before)
     method.reset()
     assert method.state == {} and method(matrix(0)[:3], losses=LOSSES[:3]).shape == (11,)
@@ -734,5 +734,5 @@ def test_moco_has_the_weights_of_its_definition() -> None:
     method, step = MoCo(), tracked(4, 0.5, 0.1, 0.0, (0.5, 0.5))
     for seed in range(5):
         step(matrix(seed).numpy(), LOSSES.numpy(), np.ones(4, dtype=bool))
-        found = method.combine(mk.RowTable(matrix(seed)), losses=LOSSES)
+        found = method.combine([mk.RowTable(matrix(seed))], losses=LOSSES)
         assert torch.equal(found.weights, method.state["weights"]) and found.weights.sum() == pytest.approx(1)

@@ -5,7 +5,8 @@
 // order; a collective is a barrier as well.
 //
 // Work on rows that do not depend on each other is dealt to squads instead. The kLanes lanes of a squad go in
-// lockstep, and lane l keeps the l-th of kLanes equal parts of a row. What they exchange is no barrier.
+// lockstep, and lane l keeps the l-th of kLanes equal parts of a row. What they exchange is no barrier. Or a
+// squad works as a team of its own, `as_team`.
 
 #include <math.h>
 
@@ -51,6 +52,7 @@ struct SerialTeam {
   MTL_HD int lane() const { return 0; }
   MTL_HD double from_lane(double x, int) const { return x; }
   MTL_HD unsigned least(unsigned x) const { return x; }  // of the squad
+  MTL_HD SerialTeam as_team() const { return {}; }       // the squad
 };
 
 }  // namespace mtl

@@ -62,7 +62,7 @@ class RowMethod(Method):
     def __call__(
         self,
         rows: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
-        *,
+        *more: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
         losses: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Any:
@@ -72,8 +72,8 @@ class RowMethod(Method):
             ValueError: no task is active.
         """
         table = rows if isinstance(rows, RowTable) else RowTable(rows)
-        if active is None:
-            return super().__call__(table, losses=losses)
+        if active is None or more:
+            return super().__call__(table, *more, losses=losses)
         like = torch.empty((table.num_tasks, table.num_tasks), device=table.device)
         check_active(type(self).__name__, like, active)
         refuse_capture(f"{type(self).__name__} would read which tasks are active", "pass rows of None for the others")
@@ -82,12 +82,12 @@ class RowMethod(Method):
             raise ValueError(f"{type(self).__name__}: expected at least one active task, found none")
         absent = [None] * table.num_params
         some = RowTable([row if here else absent for row, here in zip(table.entries, there, strict=True)])
-        combined = self.combine(some, losses=losses, active=active).combined
+        combined = self.combine([some], losses=losses, active=active).combined
         return combined[0] if table.dense else combined
 
     def combine(
         self,
-        rows: RowTable,
+        batches: Sequence[RowTable],
         *,
         groups: Sequence[int] | None = None,
         losses: Tensor | None = None,
@@ -101,6 +101,7 @@ class RowMethod(Method):
             TypeError, ValueError: losses missing where they are needed, too few tasks, or a state of other tasks,
                 parameters or problems; the state is then as it was.
         """
+        (rows,) = batches
         gram = mtl_kernels.gram(rows, groups=groups)
         ranges.check_range(rows, gram, groups)
         check_active(type(self).__name__, gram, active)
