@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..call import SolverCall
+from ..definitions import elementwise
 from ..rows import DTYPE_CODES, RowTable
 from ..uploads import Cache, capturing, on_host, packed
 
@@ -144,6 +145,8 @@ class CudaBackend:
     """
 
     fused = True
+    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
+    update_state = staticmethod(elementwise.update_state)
 
     def __init__(self, name: str = "cuda", module: Any = None, device_type: str = "cuda") -> None:
         self.name = name

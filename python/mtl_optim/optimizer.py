@@ -58,13 +58,15 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: what happens to single-task gradients: "none", or "weights" to multiply them by their
             task's weight in the problem of their param group; a parameter that belongs to no problem in
             which its task takes part (always so with granularity="parameter") takes the mean of that task's
-            weights.
+            weights. "weights", like refresh_every > 1, is not for methods whose combination is no weighted sum of
+            the rows of the step (`GradDrop`, `TrimmedMean`, `MoCo`, `DBMTL`).
         granularity: one Gram matrix per "model", per param "group" or per "parameter".
         capture: where the gradients of the tasks are held. "harvest" takes the tensors that autograd made, no copy.
             "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the
             same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
-            weighted backward pass with the last weights. Needs granularity="model". A step with other tasks or
+            weighted backward pass with the last weights. ``None`` goes by the method's own ``refresh_every``, which is
+            1 for most. More than 1 needs granularity="model". A step with other tasks or
             parameters, with `task` blocks or with ``accumulate=True`` computes them anew, as do the one after
             gradients that were not finite and one with 16-bit losses, which would round the weights. Which task reaches
             which parameter must be as in the step that the weights are of: it is not looked at again.
@@ -95,7 +97,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: str = "none",
         granularity: str = "model",
         capture: str = "harvest",
-        refresh_every: int = 1,
+        refresh_every: int | None = None,
         outside: str = "sum",
         transform: Transform | None = None,
         tasks: Sequence[str] | None = None,
@@ -138,6 +140,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         *,
         accumulate: bool = False,
         retain_graph: bool = False,
+        batch: int = 0,
     ) -> None:
         """One backward pass per loss, then one combination into ``.grad``.
 
@@ -147,23 +150,30 @@ class MultiTaskOptimizer(OptimizerWrapper):
             accumulate: keep the rows and do not combine yet: later calls add to them, and `combine`, `step`
                 or a last call without ``accumulate`` combines. For micro-batches.
             retain_graph: keep the graph after the last pass.
+            batch: for methods that take several independent batches a step (`SDMGrad`, `MoDo`), which of them the
+                losses are of, 0 to ``method.num_batches - 1``. Nothing is combined until `combine`, `step` or whoever
+                reads a ``.grad`` asks for it, which needs every batch of every task. What is not combined
+                (single-task parameters, param groups with ``mtl=False``, tensors outside the optimizer) has the
+                gradients of the last batch alone, whose Gram matrix is in the report.
 
         Raises:
             TypeError, ValueError: losses that are not scalars requiring grad, given twice, of unknown tasks,
-                or that reach no parameter of the optimizer.
+                or that reach no parameter of the optimizer; a batch that the method does not take.
             RuntimeError: inside a `task` block, in a distributed run, a task captured twice, or an error of
                 autograd. Whatever is raised, gradients and captured rows are as they were; the one exception
                 is an error in the middle of adding to rows in place (``accumulate``): those are dropped,
                 with a warning.
         """
-        self._training.backward(losses, accumulate, retain_graph)
+        self._training.backward(losses, accumulate, retain_graph, batch)
 
-    def task(self, name: str, *, accumulate: bool = False) -> TaskBlock:
+    def task(self, name: str, *, accumulate: bool = False, batch: int = 0) -> TaskBlock:
         """A ``with`` block whose ``.backward()`` calls become one task's row; `step` or `combine` combines.
 
         Args:
             name: of the task.
             accumulate: add to the row that an earlier block of this step captured, if any: for micro-batches.
+            batch: which of the step's independent batches, as for `backward`. Tensors outside the optimizer that no
+                earlier call of `backward` has reached have the sum over all of them.
 
         Returns:
             A context manager that yields itself. A ``transform`` does not reach into the block: call ``backward()`` on
@@ -174,19 +184,22 @@ class MultiTaskOptimizer(OptimizerWrapper):
                     task.loss.backward()
 
         Raises (here, or on entering or leaving the block; gradients and rows are then as they were):
-            TypeError, ValueError: an unknown name, a block that captured nothing, a missing loss.
+            TypeError, ValueError: an unknown name, a batch that the method does not take, a block that captured
+                nothing, a missing loss.
             RuntimeError: inside another block, in a distributed run, a task captured twice without
                 ``accumulate``, or after a gradient of this step was read.
         """
         check_task_name(name)
         self._training.tasks_with([name])
-        return TaskBlock(self._training, name, accumulate)
+        self._training.batches.check(batch)
+        return TaskBlock(self._training, name, accumulate, batch)
 
     def combine(self) -> None:
         """Combines the captured rows into ``.grad``; `step` and whoever reads a ``.grad`` do so by themselves.
 
         Raises:
-            RuntimeError: no rows were captured, or inside a `task` block.
+            RuntimeError: no rows were captured, a task lacks one of the batches that the method takes, or inside a
+                `task` block.
         """
         self._training.combine()
 
@@ -200,7 +213,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             What the wrapped optimizer returns, the first of several.
 
         Raises:
-            RuntimeError: nothing was captured since the last step, or inside a `task` block.
+            RuntimeError: nothing was captured since the last step, a task lacks one of the batches that the method
+                takes, or inside a `task` block.
         """
         self._training.check_idle("step()")
         if closure is None:

@@ -34,7 +34,7 @@ class Options:
     head_scaling: str = "none"
     granularity: str = "model"
     capture: str = "harvest"
-    refresh_every: int = 1
+    refresh_every: int | None = None
     outside: str = "sum"
     transform: Callable[[Any], Any] | None = None
     fixed_tasks: tuple[str, ...] | None = None
@@ -50,7 +50,7 @@ class Options:
         check_choice(OWNER, "capture", self.capture, tuple(CAPTURES))
         check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
         _check_transform(self.transform)
-        every = self.refresh_every
+        every = self.every
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"{OWNER}: expected refresh_every as an integer, found {every!r}")
         if every < 1:
@@ -60,6 +60,22 @@ class Options:
                 f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
                 'does not have; use granularity="model" or refresh_every=1'
             )
+        if every > 1 and self.method.num_batches > 1:
+            raise ValueError(
+                f"{OWNER}: refresh_every={every} is for steps of one batch between those that compute weights, and "
+                f"{type(self.method).__name__} takes {self.method.num_batches} in every step; use refresh_every=1"
+            )
+        if not self.method.weighs_rows and (every > 1 or self.head_scaling == "weights"):
+            found, default = (f"refresh_every={every}", 1) if every > 1 else ('head_scaling="weights"', '"none"')
+            raise ValueError(
+                f"{OWNER}: {found} multiplies losses or gradients by the weights of the rows of a step, of which the "
+                f"combination of {type(self.method).__name__} does not consist; leave it at {default}"
+            )
+
+    @property
+    def every(self) -> int:
+        """``refresh_every``, or the method's own."""
+        return self.method.refresh_every if self.refresh_every is None else self.refresh_every
 
     def __repr__(self) -> str:
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "fixed_tasks"]

@@ -15,7 +15,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 datasets = pytest.importorskip("sklearn.datasets")
 
-from mtl_optim import Sum, cli, methods  # noqa: E402
+import mtl_kernels  # noqa: E402
+from mtl_optim import SDMGrad, Sum, cli, methods  # noqa: E402
 from mtl_optim.demo import data, plots, specs, train  # noqa: E402
 from mtl_optim.demo.model import SharedTrunk  # noqa: E402
 from mtl_optim.demo.options import Options  # noqa: E402
@@ -127,6 +128,22 @@ def test_training_sum_is_training_on_the_summed_loss(pairs: tuple[data.Pairs, da
         adam.step()
         schedule.step()
     torch.testing.assert_close(train._accuracies(model, pairs[1]), run.accuracies[-1], atol=0.011, rtol=0)
+
+
+def test_methods_of_several_batches_draw_as_many(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    """What is shown of a step is of its last batch."""
+    options = Options(steps=2, batch_size=16, seed=5)
+    run = train.train(SDMGrad(), "SDMGrad", *pairs, options, lambda accuracies: None)
+    assert run.accuracies.isfinite().all() and run.method.state["weights"].shape == (3,)
+
+    model, generator = train._new_model(options.seed), torch.Generator().manual_seed(options.seed)
+    for _ in range(3):
+        images, labels = train._batch(pairs[0], options.batch_size, generator)
+    rows = []
+    for loss in train._losses(model, images, labels).values():
+        grads = torch.autograd.grad(loss, list(model.trunk.parameters()), retain_graph=True)
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    torch.testing.assert_close(run.cosines[0], mtl_kernels.cosines(mtl_kernels.gram(torch.stack(rows))))
 
 
 def test_conflicts_are_negative_cosines(pairs: tuple[data.Pairs, data.Pairs]) -> None:
@@ -242,6 +259,16 @@ def test_what_is_trained_with(spec: str, method: str, transform: str, name: str 
 def test_what_the_demo_does_not_train_with(spec: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Options(methods=(spec,))
+
+
+def test_methods_that_need_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have no weights to speak of, but Gram matrices like all others."""
+    wanted = ["graddrop:leak=0.1", "trimmedmean:trim=1", "excessmtl:warmup=1", "moco", "dbmtl"]
+    assert cli.main([*SMALL, "--methods", *wanted, "--quiet", "--output", str(tmp_path)]) == 0
+    results = _results(tmp_path)["methods"]
+    assert list(results) == ["GradDrop(leak=0.1)", "TrimmedMean(trim=1)", "ExcessMTL(warmup=1)", "MoCo", "DBMTL"]
+    assert all(any(numbers["mean_cosine"].values()) for numbers in results.values())
+    assert "MoCo" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [1, 10])

@@ -22,7 +22,7 @@ namespace mtl {
 // One K x K problem; every pointer is host or device memory alike.
 struct Problem {
   int num_tasks;                // K, 1..kMaxTasks
-  const double* gram;           // K*K row-major, symmetric
+  const double* gram;           // K*K row-major, symmetric but for solvers that say otherwise
   const unsigned char* active;  // K bools or nullptr = all active
   const std::int64_t* rng;      // {seed, step} or nullptr
   std::int64_t index;           // position in the batch

@@ -44,7 +44,7 @@ def notes(options: Options, threads: int, one_backward: float) -> str:
     return (
         f"One run each, seed {options.seed}, {threads} thread{plural}; other seeds give other numbers, so "
         "read nothing into small differences. In conflict: the gradients of at least one pair of tasks, over "
-        f"the shared trunk, have a negative cosine. Every method here runs {len(TASKS)} backward passes, so "
+        f"the shared trunk, have a negative cosine. Every method here runs {len(TASKS)} backward passes a batch, so "
         "that conflicts can be seen; a plain sum of the losses needs one, and its forward + backward "
         f"takes {one_backward:.2f} ms here."
     )

@@ -65,6 +65,7 @@ def train(
 ) -> Run:
     """Trains a new network; initialisation and batches depend on ``options.seed`` alone, not on the method.
 
+    A method that goes by several batches takes as many of them in a step.
     ``label`` is what the method is called in print. ``advance`` is called after every step, with the test accuracies
     ``[K]`` where they were just measured.
     """
@@ -81,10 +82,11 @@ def train(
     times: dict[str, list[float]] = {"forward + backward": [], "combine": [], "step": []}
 
     for step in range(1, options.steps + 1):
-        images, labels = _batch(train_set, options.batch_size, generator)
+        batches = [_batch(train_set, options.batch_size, generator) for _ in range(method.num_batches)]
         optimizer.zero_grad()
         start = perf_counter()
-        optimizer.backward(_losses(model, images, labels), accumulate=True)
+        for number, (images, labels) in enumerate(batches):
+            optimizer.backward(_losses(model, images, labels), accumulate=True, batch=number)
         captured = perf_counter()
         optimizer.combine()
         combined = perf_counter()

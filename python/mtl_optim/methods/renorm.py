@@ -80,14 +80,14 @@ class ReNorm(Method):
     def __call__(
         self,
         rows: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
-        *,
+        *more: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
         losses: Tensor | None = None,
         active: Tensor | None = None,
         head_norms: Tensor | None = None,
     ) -> Any:
         """Combines the rows; ``head_norms`` as for `solve`. See `Method.__call__`."""
         method = self if head_norms is None else self.with_heads(head_norms)
-        return super(ReNorm, method).__call__(rows, losses=losses, active=active)
+        return super(ReNorm, method).__call__(rows, *more, losses=losses, active=active)
 
     @staticmethod
     def _checked(gram: Tensor, norms: Tensor | None) -> Tensor:

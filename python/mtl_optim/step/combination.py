@@ -48,13 +48,20 @@ class Combiner:
         self._not_heads = set(map(id, learned_parameters(options.transform)))
 
     def __call__(
-        self, tasks: tuple[str, ...], rows: Sequence[Row], parameters: Parameters, losses: Tensor | None
+        self,
+        tasks: tuple[str, ...],
+        rows: Sequence[Row],
+        parameters: Parameters,
+        losses: Tensor | None,
+        earlier: Sequence[Sequence[Row]] = (),
     ) -> Combined:
         """Combines K rows over P parameters, writing into the rows.
 
         Args:
             rows: one per task, all None for an absent task.
             losses: ``[K]`` for methods that need them.
+            earlier: rows of the step's other batches, for methods that take several; ``rows`` are those of the last,
+                which alone say what is shared.
         """
         options, method = self._options, self._options.method.bound_to(tasks)
         group_of = parameters.group_of
@@ -71,21 +78,27 @@ class Combiner:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
-        table = RowTable([[as_real(row[p]) for p in shared] for row in rows], captured=True)
+        batches = (*earlier, rows)
+        tables = [RowTable([[as_real(row[p]) for p in shared] for row in batch], captured=True) for batch in batches]
+        table = tables[-1]
         kernel_groups = None if options.granularity == "model" else groups
         mask = self._mask(pattern, table.device)
         active = mask[0] if options.granularity == "model" else mask
         everyone = all(map(all, pattern))
-        gram, weights, certificate = method.weigh(
-            table, groups=kernel_groups, losses=losses, active=None if everyone else active
+        found = method.combine(
+            tables,
+            groups=kernel_groups,
+            losses=losses,
+            active=None if everyone else active,
+            out=table.like,
+            places=[parameters.places[p] for p in shared],
         )
-        combined = mtl_kernels.combine(table, weights, out=table.like, groups=kernel_groups)
-        for p, grad in zip(shared, combined, strict=True):
+        for p, grad in zip(shared, found.combined, strict=True):
             grads[p] = torch.view_as_complex(grad) if parameters.managed[p].is_complex() else grad
-        if options.head_scaling == "weights":
+        if options.head_scaling == "weights" and found.weights is not None:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
-            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], weights, active)
-        report = Report(tasks, gram, weights, active, certificate, problems)
+            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, active)
+        report = Report(tasks, found.gram, found.weights, active, found.certificate, problems)
         return Combined(grads, owner, report)
 
     def _shared(

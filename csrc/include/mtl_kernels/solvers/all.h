@@ -2,10 +2,17 @@
 
 // The one list of solvers; every backend instantiates from it.
 
+#include "mtl_kernels/solvers/aligned_mtl.h"
+#include "mtl_kernels/solvers/cagrad.h"
+#include "mtl_kernels/solvers/config.h"
+#include "mtl_kernels/solvers/dual_cone.h"
+#include "mtl_kernels/solvers/fair.h"
+#include "mtl_kernels/solvers/imtl_g.h"
 #include "mtl_kernels/solvers/krum.h"
 #include "mtl_kernels/solvers/min_norm.h"
 #include "mtl_kernels/solvers/pcgrad.h"
 #include "mtl_kernels/solvers/random_weights.h"
+#include "mtl_kernels/solvers/stochastic.h"
 
 namespace mtl {
 
@@ -22,6 +29,7 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<Krum, RandomWeights>;
+using AllSolvers = FusedSolvers::Then<AlignedMtl, Cagrad, Config, Dualproj, FairGrad, ImtlG, Krum, Modo,
+                                      NashMtl, Pcd, RandomWeights, Sdmgrad, Upgrad>;
 
 }  // namespace mtl
