@@ -142,6 +142,12 @@ void test_solve() {
                                 {"modo", {0.1, 0.1}},
                                 {"sdmgrad", {0.3, 10, 0.5, 20, 1}, true},
                                 {"krum", {1, 2}},
+                                {"aligned_mtl", {1, 1e-9}},
+                                {"config", {3, 0}},
+                                {"imtl_g", {0}},
+                                {"nash_mtl", {1, 0}},
+                                {"fairgrad", {2}},
+                                {"cagrad", {0.4, 0, 0}},
                                 {"random_weights", {0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
   for (const int room : {opt_in, 2 << 10}) {

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "mtl_kernels/jacobi.h"
 #include "mtl_kernels/solvers/all.h"
 
 namespace {
@@ -715,6 +716,127 @@ void check_team(const std::vector<double>& gram, const std::vector<double>& opti
   }
 }
 
+// V S V' is A and V'V = 1, as far as the rounding of the rotations allows. Rows of graded lengths have small
+// eigenvalues that are far below the rounding of the large ones, and as accurate: their inverse adds up the
+// lengths.
+void test_jacobi() {
+  using Jacobi = mtl::Jacobi<mtl::SerialTeam>;
+  std::mt19937 engine(19);
+  int most = 0;
+  for (int trial = 0; trial < 1500; ++trial) {
+    const std::size_t k = trial % 300 == 0 ? 128 : 1 + engine() % 40;
+    const int kind = static_cast<int>(engine() % 7);
+    Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), kind);
+    std::vector<double> gram = gram_of(rows);
+    double largest = 0;
+    for (std::size_t i = 0; i < k; ++i) largest = std::max(largest, gram[i * k + i]);
+    std::vector<double> scratch(Jacobi::scratch_doubles(static_cast<int>(k)),
+                                std::numeric_limits<double>::quiet_NaN());
+    const mtl::SerialTeam team;
+    Jacobi jacobi(team, static_cast<int>(k), scratch.data());
+    for (std::size_t n = 0; n < k * k; ++n) jacobi.row(0)[n] = gram[n] /= largest > 0 ? largest : 1;
+    const int sweeps = jacobi.run();
+    most = std::max(most, sweeps);
+    const double rounding = 1e-14 * static_cast<double>(k), residual = jacobi.residual();
+    CHECK(residual <= 1e-15, "trial %d kind %d K %zu: residual %g", trial, kind, k, residual);
+    double off = 0, skew = 0;
+    for (int a = 0; a < static_cast<int>(k); ++a) {
+      for (int b = 0; b <= a; ++b) {
+        double sum = 0, dot = 0;
+        for (int i = 0; i < static_cast<int>(k); ++i) {
+          sum += jacobi.value(i) * jacobi.vector(i)[a] * jacobi.vector(i)[b];
+          dot += jacobi.vector(a)[i] * jacobi.vector(b)[i];
+        }
+        off = std::max(off, std::fabs(sum - gram[static_cast<std::size_t>(a) * k + b]));
+        skew = std::max(skew, std::fabs(dot - (a == b)));
+      }
+    }
+    CHECK(off <= rounding && skew <= rounding, "trial %d kind %d K %zu: off %g, skew %g", trial, kind, k, off,
+          skew);
+  }
+  CHECK(most <= 20, "%d sweeps", most);
+}
+
+void test_jacobi_on_graded_rows() {
+  using Jacobi = mtl::Jacobi<mtl::SerialTeam>;
+  std::mt19937 engine(23);
+  for (int trial = 0; trial < 200; ++trial) {
+    const std::size_t k = 2 + engine() % 12;
+    Matrix rows = random_rows(engine, k, 4 * k, 0);
+    for (std::size_t i = 0; i < k; ++i) {
+      const double length = std::pow(10.0, -7.0 * static_cast<double>(i * 5 % k) / static_cast<double>(k));
+      for (double& x : rows[i]) x *= length / std::sqrt(8.0 * static_cast<double>(k));
+    }
+    const std::vector<double> gram = gram_of(rows);
+    std::vector<double> scratch(Jacobi::scratch_doubles(static_cast<int>(k)));
+    const mtl::SerialTeam team;
+    Jacobi jacobi(team, static_cast<int>(k), scratch.data());
+    for (std::size_t n = 0; n < k * k; ++n) jacobi.row(0)[n] = gram[n];
+    jacobi.run();
+    // The product of the eigenvalues is the determinant, to a relative precision.
+    std::vector<long double> a(gram.begin(), gram.end());
+    long double determinant = 1, product = 1;
+    for (std::size_t c = 0; c < k; ++c) {
+      determinant *= a[c * k + c];
+      product *= jacobi.value(static_cast<int>(c));
+      for (std::size_t r = c + 1; r < k; ++r) {
+        const long double factor = a[r * k + c] / a[c * k + c];
+        for (std::size_t q = c; q < k; ++q) a[r * k + q] -= factor * a[c * k + q];
+      }
+    }
+    const long double off = std::fabs(product / determinant - 1);
+    CHECK(off < 1e-12L, "trial %d K %zu: %Lg", trial, k, off);
+  }
+}
+
+// What the products of d with the unit rows are, on independent rows.
+void test_spectral_weights() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 300; ++trial) {
+    const std::size_t k = 1 + engine() % 16;
+    const Matrix rows = random_rows(engine, k, 4 * k, trial % 2 == 0 ? 0 : 4);
+    const std::vector<double> gram = gram_of(rows);
+    const Result impartial = solve<mtl::ImtlG>(gram, {0.0}), free = solve<mtl::Config>(gram, {0.0, 0.0});
+    double sum = 0, size = 0, least = 0, most = 0;
+    for (const Result* found : {&impartial, &free}) {
+      std::vector<double> products(k);
+      double scale = 0;
+      for (std::size_t i = 0; i < k; ++i) {
+        scale += std::fabs(found->weights[i]) * std::sqrt(gram[i * k + i]);
+        for (std::size_t j = 0; j < k; ++j)
+          products[i] += gram[i * k + j] / std::sqrt(gram[i * k + i]) * found->weights[j];
+      }
+      least = *std::min_element(products.begin(), products.end());
+      most = *std::max_element(products.begin(), products.end());
+      CHECK(most - least <= 1e-13 * scale, "trial %d K %zu: products from %g to %g", trial, k, least, most);
+      CHECK(found->gap <= 1e-15 && found->iterations <= 12, "trial %d: %g, %d sweeps", trial, found->gap,
+            found->iterations);
+    }
+    CHECK(least > 0, "trial %d: a conflict", trial);
+    for (double w : impartial.weights) {
+      sum += w;
+      size += std::fabs(w);
+    }
+    CHECK(std::fabs(sum - 1) <= 1e-14 * size, "trial %d: weights sum to %.17g", trial, sum);
+  }
+  const Result opposite = solve<mtl::ImtlG>({4, -2, -2, 1}, {0.0});
+  CHECK(opposite.weights[0] == 0 && opposite.weights[1] == 0, "opposite rows");
+  const Result zero = solve<mtl::AlignedMtl>({0, 0, 0, 0}, {0.0, 0.0});
+  CHECK(zero.weights[0] == 0.5 && zero.weights[1] == 0.5, "rank 0: %g", zero.weights[0]);
+  const Result diagonal = solve<mtl::AlignedMtl>({4, 0, 0, 0, 16, 0, 0, 0, 64}, {1.0, 0.0});
+  CHECK(std::fabs(diagonal.weights[0] - 2.0 / 3) < 1e-15 && std::fabs(diagonal.weights[1] - 1.0 / 3) < 1e-15,
+        "orthogonal rows: %g %g", diagonal.weights[0], diagonal.weights[1]);
+}
+
+template <class Solver>
+void check_spectral_team(const std::vector<double>& gram, const std::vector<double>& options,
+                         const std::vector<unsigned char>& active, int threads) {
+  const Result alone = solve<Solver>(gram, options, active);
+  const Result together = solve<Solver>(gram, options, active, nullptr, 0, threads);
+  CHECK(alone.weights == together.weights && alone.iterations == together.iterations, "%s: %d threads",
+        Solver::name, threads);
+}
+
 void test_teams() {
   std::mt19937 engine(13);
   for (int trial = 0; trial < 60; ++trial) {
@@ -738,6 +860,9 @@ void test_teams() {
       const long double difference = objective(rows, alone.weights) - objective(rows, together.weights);
       CHECK(std::fabs(difference) < 1e-12L, "trial %d: %d threads: %Lg", trial, threads, difference);
     }
+    check_spectral_team<mtl::AlignedMtl>(gram, {static_cast<double>(trial % 3), 0.0}, active, threads);
+    check_spectral_team<mtl::Config>(gram, {static_cast<double>(trial % 6), 0.0}, active, threads);
+    check_spectral_team<mtl::ImtlG>(gram, {0.0}, active, threads);
     if (kind == 4) continue;  // all but singular: a matter of rounding
     check_team<mtl::Upgrad>(gram, {1e-4}, active, threads);
     check_team<mtl::Dualproj>(gram, {1e-4}, active, threads);
@@ -755,6 +880,9 @@ int main() {
   test_min_norm_degenerate();
   test_frank_wolfe();
   test_pcgrad();
+  test_jacobi();
+  test_jacobi_on_graded_rows();
+  test_spectral_weights();
   test_stochastic();
   test_removal();
   test_dual_cone();

@@ -3,6 +3,7 @@
 // The one list of solvers; every backend instantiates from it.
 
 #include "mtl_kernels/solvers/aligned_mtl.h"
+#include "mtl_kernels/solvers/cagrad.h"
 #include "mtl_kernels/solvers/config.h"
 #include "mtl_kernels/solvers/dual_cone.h"
 #include "mtl_kernels/solvers/fair.h"
@@ -28,7 +29,7 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<AlignedMtl, Config, Dualproj, FairGrad, ImtlG, Krum, Modo, NashMtl, Pcd,
-                                      RandomWeights, Sdmgrad, Upgrad>;
+using AllSolvers = FusedSolvers::Then<AlignedMtl, Cagrad, Config, Dualproj, FairGrad, ImtlG, Krum, Modo,
+                                      NashMtl, Pcd, RandomWeights, Sdmgrad, Upgrad>;
 
 }  // namespace mtl
