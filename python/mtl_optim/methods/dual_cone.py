@@ -53,8 +53,8 @@ class UPGrad(_Projecting):
         pref: p, one number >= 0 for each task; see `Preferring`. None: 1 / (number of active tasks).
         reg: a finite number >= 0.
 
-    The certificate is how far its conditions are from being met, for unit rows and p_i = 1; see
-    `mtl_kernels.upgrad_weights`. A zero row has nothing to conflict with, and gets weight p_i.
+    The certificate is how far its conditions are from being met, see `mtl_kernels.upgrad_weights`. A zero row has
+    nothing to conflict with, and gets weight p_i.
 
     Raises:
         TypeError, ValueError: preferences or a reg that are none.
@@ -77,8 +77,8 @@ class DualProj(_Projecting):
         pref: p, one number >= 0 for each task; see `Preferring`. None: 1 / (number of active tasks).
         reg: a finite number >= 0.
 
-    The certificate is how far its conditions are from being met, for unit rows and p that sum to 1 in units of the
-    norms; see `mtl_kernels.dualproj_weights`. A zero row gets weight p_i.
+    The certificate is how far its conditions are from being met, see `mtl_kernels.dualproj_weights`. A zero row gets
+    weight p_i.
 
     Raises:
         TypeError, ValueError: preferences or a reg that are none.
