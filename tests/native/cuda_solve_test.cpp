@@ -141,6 +141,8 @@ void test_solve() {
                                 {"pcd", {0.02, 0.999, 1e-8}},
                                 {"modo", {0.1, 0.1}},
                                 {"sdmgrad", {0.3, 10, 0.5, 20, 1}, true},
+                                {"fairgrad", {2}},
+                                {"nash_mtl", {1, 0}},
                                 {"krum", {1, 2}},
                                 {"aligned_mtl", {1, 1e-9}},
                                 {"config", {3, 0}},

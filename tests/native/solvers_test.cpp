@@ -837,6 +837,55 @@ void check_spectral_team(const std::vector<double>& gram, const std::vector<doub
         Solver::name, threads);
 }
 
+// max |w^(1/alpha) (G w) - 1| in long double, over the rounding that the weights alone leave there.
+long double fair_residual(const std::vector<double>& gram, const std::vector<double>& w, double alpha) {
+  const std::size_t k = w.size();
+  long double worst = 0;
+  for (std::size_t i = 0; i < k; ++i) {
+    long double total = 0, terms = 0;
+    for (std::size_t j = 0; j < k; ++j) {
+      total += static_cast<long double>(gram[i * k + j]) * w[j];
+      terms += std::fabs(static_cast<long double>(gram[i * k + j])) * w[j];
+    }
+    const long double power = std::pow(static_cast<long double>(w[i]), 1 / static_cast<long double>(alpha));
+    worst = std::max(worst, std::fabs(power * total - 1) / (1 + power * terms));
+  }
+  return worst;
+}
+
+void test_fair() {
+  std::mt19937 engine(29);
+  int solved = 0;
+  for (int trial = 0; trial < 2000; ++trial) {
+    const std::size_t k = trial % 200 == 0 ? 128 : 1 + engine() % 12;
+    const int kind = static_cast<int>(engine() % 6);
+    const Matrix rows = kind == 5 && k > 1 ? nearly_cancelling(engine, k, 2 + engine() % 2, 1e-6, 1e-2)
+                                           : random_rows(engine, k, 1 + engine() % (2 * k), kind % 5);
+    const std::vector<double> gram = gram_of(rows);
+    const double alphas[] = {0.1, 0.5, 1, 2, 10};
+    const double alpha = alphas[engine() % 5];
+    const Result found = solve<mtl::FairGrad>(gram, {alpha});
+    if (found.gap == 1) {
+      for (double w : found.weights) CHECK(w == 0, "trial %d: %g", trial, w);
+      continue;
+    }
+    ++solved;
+    const long double residual = fair_residual(gram, found.weights, alpha);
+    CHECK(residual <= 1e-13L * std::max(1.0, alpha), "trial %d kind %d K %zu alpha %g: %Lg", trial, kind, k,
+          alpha, residual);
+    CHECK(found.iterations <= 100, "trial %d kind %d K %zu alpha %g: %d iterations", trial, kind, k, alpha,
+          found.iterations);
+    const Result nash = solve<mtl::NashMtl>(gram, {1, 0}, {}, nullptr, 0, 1, std::vector<double>(k, 7.0));
+    const long double square = objective(rows, nash.weights);
+    const long double unit = longest(rows, nash.weights);
+    CHECK(nash.gap == 1 || std::fabs(square - 1) <= 1e-14L * (1 + unit * unit), "trial %d: %Lg", trial,
+          square);
+    for (std::size_t i = 0; i < k && nash.gap != 1; ++i)
+      CHECK(k == 1 || nash.state[i] > nash.weights[i], "trial %d: the state before the clip", trial);
+  }
+  CHECK(solved > 1000, "%d", solved);
+}
+
 void test_teams() {
   std::mt19937 engine(13);
   for (int trial = 0; trial < 60; ++trial) {
@@ -863,6 +912,8 @@ void test_teams() {
     check_spectral_team<mtl::AlignedMtl>(gram, {static_cast<double>(trial % 3), 0.0}, active, threads);
     check_spectral_team<mtl::Config>(gram, {static_cast<double>(trial % 6), 0.0}, active, threads);
     check_spectral_team<mtl::ImtlG>(gram, {0.0}, active, threads);
+    check_team<mtl::FairGrad>(gram, {2}, active, threads);
+    check_team<mtl::NashMtl>(gram, {1, 0}, active, threads);
     if (kind == 4) continue;  // all but singular: a matter of rounding
     check_team<mtl::Upgrad>(gram, {1e-4}, active, threads);
     check_team<mtl::Dualproj>(gram, {1e-4}, active, threads);
@@ -888,6 +939,7 @@ int main() {
   test_dual_cone();
   test_pcd();
   test_dual_cone_degenerate();
+  test_fair();
   test_teams();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
