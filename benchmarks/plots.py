@@ -76,3 +76,43 @@ def _floor_name(row: Row) -> str:
 def _floor_rate(row: Row) -> float:
     """GB/s at which the denominator moves the bytes of the row."""
     return row.gb_per_s * row.median_us / row.denominator_us if row.gb_per_s and row.denominator_us else 0.0
+
+
+def solves(rows: Sequence[dict[str, Any]], path: Path, where: str) -> bool:
+    """Draws the time of a solve over K, ours and others, a panel for each method; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = sorted({row["method"] for row in rows})
+    if not methods:
+        return False
+    across = min(6, len(methods))
+    down = -(-len(methods) // across)
+    figure, all_axes = pyplot.subplots(
+        down, across, figsize=(2.6 * across, 2.2 * down), squeeze=False, sharex=True, sharey=True
+    )
+    styles = {OURS: ("o-", "C0"), "torchjd": ("s--", "C1"), "LibMTL": ("^:", "C2")}
+    lines: dict[str, Any] = {}
+    for axes, method in zip(all_axes.flat, methods, strict=False):
+        for provider, (style, color) in styles.items():
+            own = [r for r in rows if r["method"] == method and r["provider"] == provider and r["batch"] == 1]
+            points = sorted((row["K"], row["median_us"]) for row in own)
+            if points:
+                (lines[provider],) = axes.plot(*zip(*points, strict=True), style, color=color, ms=3, lw=1.2)
+        axes.set(xscale="log", yscale="log", title=method)
+        axes.title.set_size(8)
+        axes.grid(alpha=0.3)
+    for axes in list(all_axes.flat)[len(methods) :]:
+        axes.set_visible(False)
+    for line in all_axes:
+        line[0].set_ylabel("us a solve")
+    figure.legend(lines.values(), lines.keys(), loc="lower right", fontsize=8)
+    figure.suptitle(f"Time of the weights over K, one thread; {where}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True

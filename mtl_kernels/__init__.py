@@ -11,7 +11,18 @@ from .angles import cosines, norms
 from .call import SolverCall
 from .config import show_config
 from .dispatch import available_backends, use_backend
-from .ops import Statistics, combine, gram, gram_solve, statistics
+from .ops import (
+    Statistics,
+    accumulate_squares,
+    combine,
+    cross_gram,
+    graddrop,
+    gram,
+    gram_solve,
+    statistics,
+    trimmed_mean,
+    update_average,
+)
 from .rng import rng_state
 from .rows import MAX_TASKS, RowTable
 from .solution import Solution
@@ -26,9 +37,12 @@ __all__ = [
     "SolverCall",
     "Statistics",
     "__version__",
+    "accumulate_squares",
     "available_backends",
     "combine",
     "cosines",
+    "cross_gram",
+    "graddrop",
     "gram",
     "gram_solve",
     "norms",
@@ -36,6 +50,8 @@ __all__ = [
     "rng_state",
     "show_config",
     "statistics",
+    "trimmed_mean",
+    "update_average",
     "use_backend",
     *_solvers,
 ]

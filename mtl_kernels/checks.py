@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .call import SolverCall
+from .call import COLUMN_OPERATIONS, STATE_OPERATIONS, ColumnCall, SolverCall, StateCall
 from .rows import DTYPE_CODES, ITEMSIZES, RowTable, check_num_tasks
 
 MAX_GROUPS = 1 << 12
@@ -42,26 +42,28 @@ def check_gram(gram: Tensor) -> None:
         raise TypeError(f"expected a Gram matrix of floating dtype, found {gram.dtype}: pass gram(rows)")
 
 
-def check_weights(table: RowTable, weights: Tensor, groups: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-    """Weights as contiguous float64 ``[S, K]``, and the group of every parameter."""
+def check_weights(
+    table: RowTable, weights: Tensor | None, groups: Sequence[int] | None, name: str = "weights"
+) -> tuple[Tensor, list[int]]:
+    """Weights, or what else there is one of per row, as contiguous float64 ``[S, K]``, and every parameter's group."""
     group_list, num_groups = check_groups(groups, table.num_params)
     if not isinstance(weights, Tensor):
-        raise TypeError(f"expected weights as a tensor, found {type(weights).__name__}")
-    check_strided(weights, "weights")
+        raise TypeError(f"expected {name} as a tensor, found {type(weights).__name__}")
+    check_strided(weights, name)
     if not weights.is_floating_point():
-        raise TypeError(f"expected weights of floating dtype, found {weights.dtype}")
+        raise TypeError(f"expected {name} of floating dtype, found {weights.dtype}")
     expected = (table.num_tasks,) if groups is None else (num_groups, table.num_tasks)
     if weights.shape != expected:
         shapes = f"{list(expected)}, found {list(weights.shape)}"
-        raise ValueError(f"expected weights of shape {shapes}: one weight per row")
+        raise ValueError(f"expected {name} of shape {shapes}: one number per row")
     if weights.device != table.device:
-        raise ValueError(f"weights are on {weights.device}, the rows on {table.device}; move them to one device")
+        raise ValueError(f"found {name} on {weights.device}, the rows on {table.device}; move them to one device")
     if weights.dtype is not torch.float64 or weights.requires_grad or not weights.is_contiguous():
         weights = weights.detach().to(torch.float64).contiguous()
     return weights.unsqueeze(0) if groups is None else weights, group_list
 
 
-def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None], same_dtype: bool = False) -> list[Tensor | None]:
     """The P targets of ``out``, each fit for what the rows hold of its parameter; None where no task reaches it."""
     targets: list[Tensor | None]
     if table.dense:
@@ -90,6 +92,8 @@ def check_out(table: RowTable, out: Tensor | Sequence[Tensor | None]) -> list[Te
                 f"out[{p}] is {list(target.shape)} {target.dtype} on {target.device}; expected {list(like.shape)} "
                 f"on {like.device}, as in the rows, of dtype {', '.join(map(str, DTYPE_CODES))}"
             )
+        if same_dtype and target.dtype is not like.dtype:
+            raise TypeError(f"out[{p}] has dtype {target.dtype}, the rows {like.dtype}; expected the same")
     return targets
 
 
@@ -142,23 +146,86 @@ def check_disjoint(table: RowTable, targets: Sequence[Tensor | None], accumulate
         for address in table.pointers[p :: table.num_params]:
             if address != 0 and not (same and address == target.data_ptr()):
                 spans.append((address, row_size, False))
+    _refuse_overlap(spans, "out", "memory of its own, or exactly the memory of one of the rows of the same parameter")
+
+
+def check_state_apart(table: RowTable, state: RowTable) -> None:
+    """Raises where a tensor of a state shares memory with another or with a row."""
+    spans = []
+    for rows, is_target in ((table, False), (state, True)):
+        sizes = [n * ITEMSIZES[code] for n, code in zip(rows.numels, rows.codes, strict=True)]
+        for at, address in enumerate(rows.pointers):
+            size = sizes[at % rows.num_params]
+            if address != 0 and size != 0:
+                spans.append((address, size, is_target))
+    _refuse_overlap(spans, "state", "memory of its own for every task")
+
+
+def _refuse_overlap(spans: list[tuple[int, int, bool]], name: str, expected: str) -> None:
+    """Raises where of spans (address, bytes, is written to) one that is written to overlaps another."""
     row_end = target_end = 0
     for begin, size, is_target in sorted(spans):
         if begin < target_end or (is_target and begin < row_end):
-            raise ValueError(
-                "out overlaps other memory that is read or written here; expected memory of its own, or exactly the "
-                "memory of one of the rows of the same parameter"
-            )
+            raise ValueError(f"{name} overlaps other memory that is read or written here; expected {expected}")
         if is_target:
             target_end = max(target_end, begin + size)
         else:
             row_end = max(row_end, begin + size)
 
 
+def check_columns(table: RowTable, call: ColumnCall) -> ColumnCall:
+    """The call with tensors as the backends take them, checked against the rows."""
+    if call.operation == "trimmed_mean":
+        if isinstance(call.trim, bool) or not isinstance(call.trim, int):
+            raise TypeError(f"expected trim as an integer, found {type(call.trim).__name__}")
+        if not 0 <= call.trim <= (table.num_tasks - 1) // 2:
+            raise ValueError(
+                f"trim = {call.trim} of {table.num_tasks} rows leaves nothing to average; expected at least 0 and at "
+                f"least 2 trim + 1 rows, here trim <= {(table.num_tasks - 1) // 2}"
+            )
+        return call
+    if call.operation not in COLUMN_OPERATIONS:
+        raise ValueError(f"unknown operation {call.operation!r}; expected one of {', '.join(COLUMN_OPERATIONS)}")
+    leak = None if call.leak is None else check_weights(table, call.leak, None, "leak")[0][0]
+    return call._replace(leak=leak, rng=check_rng(call.rng, table.device, "the rows"))
+
+
+def check_state(table: RowTable, state: RowTable, call: StateCall, groups: Sequence[int] | None) -> StateCall:
+    """The call as the backends take it, checked together with the state against the rows."""
+    if (state.num_tasks, state.num_params) != (table.num_tasks, table.num_params):
+        raise ValueError(
+            f"the state is of {state.num_tasks} tasks and {state.num_params} parameters, the rows of {table.num_tasks} "
+            f"and {table.num_params}; expected the same of both"
+        )
+    for p, (like, kept) in enumerate(zip(table.like, state.like, strict=True)):
+        if like is None or kept is None:
+            if like is not None:
+                raise ValueError(f"the state of parameter {p} is missing; expected a tensor {list(like.shape)}")
+            continue
+        if kept.shape != like.shape or kept.device != like.device:
+            raise ValueError(
+                f"the state of parameter {p} is {list(kept.shape)} on {kept.device}; expected {list(like.shape)} on "
+                f"{like.device}, as in the rows"
+            )
+    for k, (row, states) in enumerate(zip(table.entries, state.entries, strict=True)):
+        for p, (tensor, kept) in enumerate(zip(row, states, strict=True)):
+            if kept is None and tensor is not None:
+                raise ValueError(f"the state of task {k}, parameter {p} is missing where the row has an entry")
+    if call.operation not in STATE_OPERATIONS:
+        raise ValueError(f"unknown operation {call.operation!r}; expected one of {', '.join(STATE_OPERATIONS)}")
+    if not (isinstance(call.epsilon, (int, float)) and 0 <= call.epsilon < float("inf")):
+        raise ValueError(f"expected eps as a finite number of at least 0, found {call.epsilon!r}")
+    gain, _ = check_weights(state, call.gain, groups, "gain")
+    keep = check_weights(state, call.keep, groups, "keep")[0] if call.operation == "average" else None
+    return call._replace(gain=gain, keep=keep)
+
+
 def check_call(call: SolverCall, gram: Tensor) -> SolverCall:
     """The call with tensors as the backends take them, checked against the Gram matrix."""
     active, inputs = call.active, call.inputs
-    rng = None if call.rng is None else check_rng(call.rng, gram)
+    if call.state is not None:
+        check_solver_state(call.state, gram)
+    rng = None if call.rng is None else check_rng(call.rng, gram.device, "the Gram matrix")
     if active is None and inputs is None and rng is call.rng:
         return call
     return call._replace(
@@ -175,16 +242,29 @@ def _apart(table: RowTable, target: Tensor) -> bool:
     return end <= rows[0] or begin >= rows[-1] + table.numels[0] * ITEMSIZES[table.codes[0]]
 
 
-def check_rng(rng: Tensor, gram: Tensor) -> Tensor:
-    """The state as contiguous int64 ``[2]`` on the device of the Gram matrix."""
+def check_rng(rng: Tensor | None, device: torch.device, beside: str) -> Tensor:
+    """The state as contiguous int64 ``[2]`` on the device of what is named ``beside`` it."""
     if not isinstance(rng, Tensor) or rng.dtype is not torch.int64:
         found = rng.dtype if isinstance(rng, Tensor) else type(rng).__name__
         raise TypeError(f"expected rng as an int64 tensor, found {found}; use rng_state(seed, step)")
     if rng.shape != (2,):
         raise ValueError(f"expected rng of shape [2], found {list(rng.shape)}; use rng_state(seed, step)")
-    if rng.device != gram.device:
-        raise ValueError(f"rng is on {rng.device}, the Gram matrix on {gram.device}; use rng_state(..., device=)")
+    if rng.device != device:
+        raise ValueError(f"rng is on {rng.device}, {beside} on {device}; use rng_state(..., device=)")
     return rng.contiguous()
+
+
+def check_solver_state(state: Tensor, gram: Tensor) -> None:
+    """Raise unless ``state`` is contiguous float64 ``[..., n]`` on the device of the Gram matrix: it is written to."""
+    if not isinstance(state, Tensor) or state.dtype is not torch.float64:
+        found = state.dtype if isinstance(state, Tensor) else type(state).__name__
+        raise TypeError(f"expected state as a float64 tensor, found {found}")
+    if state.dim() != gram.dim() - 1 or state.shape[:-1] != gram.shape[:-2]:
+        raise ValueError(f"expected state of shape {[*gram.shape[:-2], 'n']}, found {list(state.shape)}")
+    if state.device != gram.device:
+        raise ValueError(f"state is on {state.device}, the Gram matrix on {gram.device}; move it")
+    if not state.is_contiguous():
+        raise ValueError("expected state contiguous, because it is changed in place; pass state.contiguous()")
 
 
 def per_task(values: Tensor, gram: Tensor, name: str, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import run
-from .call import SolverCall
+from .call import ColumnCall, SolverCall, StateCall
 from .library import flat_call, flatten
-from .rows import Row, RowTable
+from .rows import MAX_TASKS, Row, RowTable
 
 _PLAIN = frozenset({Tensor, type(None)})
 
@@ -50,6 +50,53 @@ def gram(
     flat, num_tasks = flatten(rows)
     found: Tensor = torch.ops.mtl_kernels.gram(flat, num_tasks, _int_list(groups), backend)
     return found
+
+
+def cross_gram(
+    rows_a: Tensor | Sequence[Row] | RowTable,
+    rows_b: Tensor | Sequence[Row] | RowTable,
+    *,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The products of the rows of two tables, A_ij = <a_i, b_j>: those of a task's gradients on two batches.
+
+    Args:
+        rows_a, rows_b: each as for `gram`, of one kind: parameters of the same shapes, dtypes and device.
+        groups, backend: as for `gram`.
+
+    Returns:
+        float64 ``[K_a, K_b]``, or ``[S, K_a, K_b]`` with ``groups``: the entries that `gram` of all rows has. Up to
+        128 rows in all are read once; of more than 64 in a table, each is read as often as the other has parts of 64.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gram`, for all rows together.
+    """
+    a, b = _row_list(rows_a), _row_list(rows_b)
+    captured = all(isinstance(rows, RowTable) and rows.captured for rows in (rows_a, rows_b))
+
+    def block(some_a: Sequence[Row], some_b: Sequence[Row]) -> Tensor:
+        both = [*some_a, *some_b]
+        table = RowTable(both, captured=True) if captured and _eager() else both
+        return gram(table, groups=groups, backend=backend)[..., : len(some_a), len(some_a) :]
+
+    if len(a) + len(b) <= MAX_TASKS:
+        return block(a, b).contiguous()
+    half = MAX_TASKS // 2
+    return torch.cat(
+        [
+            torch.cat([block(a[i : i + half], b[j : j + half]) for j in range(0, len(b), half)], -1)
+            for i in range(0, len(a), half)
+        ],
+        -2,
+    )
+
+
+def _row_list(rows: Tensor | Sequence[Row] | RowTable) -> list[Row]:
+    """The rows one by one, each a list of parameters. Raise ValueError for too many, or none."""
+    flat, num_tasks = flatten(rows)
+    num_params = len(flat) // num_tasks
+    return [flat[k * num_params : (k + 1) * num_params] for k in range(num_tasks)]
 
 
 class Statistics(NamedTuple):
@@ -103,7 +150,7 @@ def gram_solve(
     _check_call(call)
     if _eager():
         rows = _as_table(rows)
-        if rows.plain and _plain(call.active, call.rng, call.inputs):
+        if rows.plain and _plain(call.active, call.rng, call.inputs, call.state):
             return run.gram_solve(rows, call, groups, backend)
     flat, num_tasks = flatten(rows)
     found = torch.ops.mtl_kernels.gram_solve(flat, num_tasks, _int_list(groups), backend, *flat_call(call))
@@ -155,7 +202,6 @@ def combine(
         rows = _as_table(rows)
         if rows.plain and _plain(weights, scale, found_inf, *(out if isinstance(out, Sequence) else (out,))):
             return run.combine(rows, weights, out, groups, backend, scale, found_inf, accumulate)
-    dense = isinstance(rows, Tensor) or (isinstance(rows, RowTable) and rows.dense)
     flat, num_tasks = flatten(rows)
     if out is not None:
         targets: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
@@ -170,11 +216,183 @@ def combine(
     )
     if found_inf is not None:
         run.flag_non_finite(combined, found_inf)
-    if dense:
-        return combined[0]
+    return _like_a_row(rows, combined, flat, num_tasks)
+
+
+def graddrop(
+    rows: Tensor | Sequence[Row] | RowTable,
+    rng: Tensor,
+    *,
+    leak: Tensor | None = None,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    backend: str | None = None,
+) -> Tensor | list[Tensor | None]:
+    """Gradient sign dropout: every element keeps the task gradients of one sign, drawn by how pure the signs are.
+
+    P = (1 + sum_k g_k / sum_k |g_k|) / 2 and a uniform U of its own for every element; positive g_k are kept where
+    P > U, negative ones where P < U, and d = sum_k (leak_k + (1 - leak_k) kept_k) g_k, in float64, rounded once.
+    Chen et al. 2020 (arXiv 2010.06808), algorithm 1 with the identity for f.
+
+    U is a function of ``rng`` and the number of the element alone, the same on every backend: elements are numbered
+    through the parameters that a task reaches, in order and in the order of their memory.
+
+    Args:
+        rows: as for `gram`.
+        rng: int64 ``[2]``, see `rng_state`; it is read, not advanced.
+        leak: ``[K]``, from 0 to 1, what of a dropped value remains; None for nothing. Its values are not looked at.
+        out: as for `combine`, of the dtype of the rows; it may be one of the rows.
+        backend: as for `gram`.
+
+    Returns:
+        As `combine`. Not finite where one of the K values is not.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+        RuntimeError: the backend asked for is not available.
+    """
+    return _reduce_columns(rows, ColumnCall("graddrop", leak, rng), out, backend)
+
+
+def trimmed_mean(
+    rows: Tensor | Sequence[Row] | RowTable,
+    trim: int,
+    *,
+    out: Tensor | Sequence[Tensor | None] | None = None,
+    backend: str | None = None,
+) -> Tensor | list[Tensor | None]:
+    """Element by element the mean of the rows without the ``trim`` largest and the ``trim`` smallest of the K values.
+
+    Yin et al. 2018 (arXiv 1803.01498), definition 2. A ``None`` entry counts as zero.
+
+    Args:
+        rows: as for `gram`, K >= 2 trim + 1.
+        trim: at least 0.
+        out, backend: as for `graddrop`.
+
+    Returns:
+        As `combine`, summed in float64 and rounded once. NaN where one of the K values is NaN; infinite values are the
+        largest and smallest there are, and are left out with these.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+        RuntimeError: the backend asked for is not available.
+    """
+    return _reduce_columns(rows, ColumnCall("trimmed_mean", trim=trim), out, backend)
+
+
+def update_average(
+    state: Tensor | Sequence[Row] | RowTable,
+    rows: Tensor | Sequence[Row] | RowTable,
+    keep: Tensor,
+    gain: Tensor,
+    *,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Moving averages of the rows, in place: state_k <- keep_k state_k + gain_k g_k, in float64, rounded once.
+
+    A factor 0 leaves its operand out, whatever that holds: with gain 0 a row that is not finite changes nothing, with
+    keep 0 a state that is not finite is gone. Where keep is 1 and gain 0, the state keeps its bits.
+
+    Args:
+        state: like the rows, of any row dtype; there is a tensor where the row has one, and may be one where it has
+            none: a ``None`` entry counts as zero. Memory of its own.
+        rows: as for `gram`.
+        keep, gain: ``[K]``, or ``[S, K]`` with ``groups``; any floating dtype, on the device of the rows.
+        groups, backend: as for `gram`.
+
+    Returns:
+        The squared norms of the new state, as it is rounded: float64 ``[K]``, or ``[S, K]`` with ``groups``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+        RuntimeError: the backend asked for is not available.
+    """
+    return _update_state(state, rows, StateCall("average", gain, keep), groups, backend)
+
+
+def accumulate_squares(
+    state: Tensor | Sequence[Row] | RowTable,
+    rows: Tensor | Sequence[Row] | RowTable,
+    gain: Tensor,
+    *,
+    eps: float = 1e-7,
+    groups: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sums of squared gradients, in place: state_k <- state_k + gain_k g_k^2, in float64, rounded once.
+
+    Where gain is 0, the state keeps its bits whatever the row holds.
+
+    Args:
+        state, rows, groups, backend: as for `update_average`.
+        gain: ``[K]``, or ``[S, K]`` with ``groups``.
+        eps: at least 0.
+
+    Returns:
+        sum g_k^2 / sqrt(state_k + eps) over all elements, with the new state as it is rounded: float64 ``[K]``, or
+        ``[S, K]`` with ``groups`` (the excess risk of He et al. 2024, ExcessMTL).
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+        RuntimeError: the backend asked for is not available.
+    """
+    return _update_state(state, rows, StateCall("squares", gain, None, eps), groups, backend)
+
+
+def _reduce_columns(
+    rows: Tensor | Sequence[Row] | RowTable,
+    call: ColumnCall,
+    out: Tensor | Sequence[Tensor | None] | None,
+    backend: str | None,
+) -> Tensor | list[Tensor | None]:
+    if _eager():
+        rows = _as_table(rows)
+        if rows.plain and _plain(call.leak, call.rng, *(out if isinstance(out, Sequence) else (out,))):
+            return run.reduce_columns(rows, call, out, backend)
+    flat, num_tasks = flatten(rows)
+    if out is not None:
+        targets: list[Tensor | None] = [out] if isinstance(out, Tensor) else list(out)
+        present = [target for target in targets if target is not None]
+        torch.ops.mtl_kernels.reduce_columns_out(flat, num_tasks, present, backend, *call)
+        return out if isinstance(out, Tensor) else targets
+    found: list[Tensor] = torch.ops.mtl_kernels.reduce_columns(flat, num_tasks, backend, *call)
+    return _like_a_row(rows, found, flat, num_tasks)
+
+
+def _update_state(
+    state: Tensor | Sequence[Row] | RowTable,
+    rows: Tensor | Sequence[Row] | RowTable,
+    call: StateCall,
+    groups: Sequence[int] | None,
+    backend: str | None,
+) -> Tensor:
+    if _eager():
+        rows = _as_table(rows)
+        kept = _as_table(state)
+        if rows.plain and kept.plain and _plain(call.gain, call.keep):
+            return run.update_state(state, kept, rows, call, groups, backend)
+    flat, num_tasks = flatten(rows)
+    places, num_states = flatten(state)
+    if num_states != num_tasks:
+        raise ValueError(f"the state is of {num_states} tasks, the rows of {num_tasks}; expected the same of both")
+    there = [place is not None for place in places]
+    present = [place for place in places if place is not None]
+    found: Tensor = torch.ops.mtl_kernels.update_state(
+        present, there, flat, num_tasks, _int_list(groups), backend, *call
+    )
+    return found
+
+
+def _like_a_row(
+    rows: Tensor | Sequence[Row] | RowTable, found: list[Tensor], flat: Sequence[Tensor | None], num_tasks: int
+) -> Tensor | list[Tensor | None]:
+    """What an operator found for the parameters that a task reaches, as the functions return it."""
+    if isinstance(rows, Tensor) or (isinstance(rows, RowTable) and rows.dense):
+        return found[0]
     num_params = len(flat) // num_tasks
     reached = [any(flat[k * num_params + p] is not None for k in range(num_tasks)) for p in range(num_params)]
-    given = iter(combined)
+    given = iter(found)
     return [next(given) if reached[p] else None for p in range(num_params)]
 
 
@@ -182,7 +400,7 @@ def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tupl
     """Runs one solver over a batch of Gram matrices; the functions of `mtl_kernels.solvers` are its users.
 
     Args:
-        gram: ``[..., K, K]`` symmetric, floating point; used in float64.
+        gram: ``[..., K, K]``, floating point; used in float64. Symmetric, but for solvers that say otherwise.
         call: the solver, its options and inputs, see `SolverCall`.
         backend: as for `gram`.
 
@@ -197,7 +415,7 @@ def solve(gram: Tensor, call: SolverCall, *, backend: str | None = None) -> tupl
         RuntimeError: the backend asked for is not available.
     """
     _check_call(call)
-    if _eager() and _plain(gram, call.active, call.rng, call.inputs):
+    if _eager() and _plain(gram, call.active, call.rng, call.inputs, call.state):
         return run.solve(gram, call, backend)
     weights, certificate = torch.ops.mtl_kernels.solve(gram, backend, *flat_call(call))
     _advance(call)

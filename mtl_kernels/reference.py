@@ -12,12 +12,30 @@ from typing import Any
 from . import ops, solvers
 from .angles import cosines, norms
 
-__all__ = ["combine", "cosines", "gram", "gram_solve", "norms", "statistics", *solvers.__all__]
+__all__ = [
+    "accumulate_squares",
+    "combine",
+    "cosines",
+    "cross_gram",
+    "graddrop",
+    "gram",
+    "gram_solve",
+    "norms",
+    "statistics",
+    "trimmed_mean",
+    "update_average",
+    *solvers.__all__,
+]
 
 gram = functools.partial(ops.gram, backend="reference")
+cross_gram = functools.partial(ops.cross_gram, backend="reference")
 statistics = functools.partial(ops.statistics, backend="reference")
 gram_solve = functools.partial(ops.gram_solve, backend="reference")
 combine = functools.partial(ops.combine, backend="reference")
+graddrop = functools.partial(ops.graddrop, backend="reference")
+trimmed_mean = functools.partial(ops.trimmed_mean, backend="reference")
+update_average = functools.partial(ops.update_average, backend="reference")
+accumulate_squares = functools.partial(ops.accumulate_squares, backend="reference")
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

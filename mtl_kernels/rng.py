@@ -1,4 +1,4 @@
-"""The counter-based generator behind random task orders: Philox4x32-10, the same words as in philox.h.
+"""The counter-based generator behind random task orders and thresholds: Philox4x32-10, the same words as in philox.h.
 
 Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A state is two integers, seed and
 step, on the device where they are used: nothing is drawn in sequence, so every rank and backend finds the
@@ -49,12 +49,27 @@ def order_keys(rng: Tensor, problem: int, num_tasks: int) -> Tensor:
 
     Key = (word & ~127) | j, with word j % 4 of counter (step, problem, i*32 + j/4): distinct within a row.
     """
-    seed, step = rng[0], rng[1]
     task = torch.arange(num_tasks, device=rng.device).view(-1, 1)
     block = torch.arange((num_tasks + 3) // 4, device=rng.device).view(1, -1)
-    counter = (step & _WORD, (step >> 32) & _WORD, torch.full_like(task, problem & _WORD), task * 32 + block)
-    words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD)).flatten(-2)[..., :num_tasks]
+    words = _words_at(rng, torch.full_like(task, problem & _WORD), task * 32 + block).flatten(-2)[..., :num_tasks]
     return (words & (_WORD - 127)) | torch.arange(num_tasks, device=rng.device)
+
+
+def uniform(rng: Tensor, first: int, count: int) -> Tensor:
+    """Numbers from 0 to 1 of the elements ``first`` to ``first + count``, float64, at neither end.
+
+    (word + 1/2) 2^-32, with word e % 4 of counter (step, e / 4) for element e: 64 bits each.
+    """
+    block = torch.arange(first // 4, -(-(first + count) // 4), device=rng.device)
+    words = _words_at(rng, (block >> 32) & _WORD, block & _WORD).flatten()[first % 4 : first % 4 + count]
+    return (words.double() + 0.5) * 2.0**-32
+
+
+def _words_at(rng: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    """Four words of the stream (seed, step) at each position, ``[..., 4]``: `philox_at` in philox.h."""
+    seed, step = rng[0], rng[1]
+    counter = (step & _WORD, (step >> 32) & _WORD, high, low)
+    return philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
 
 
 def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from . import checks, dispatch, ranges
 from .angles import cosines, norms
 from .backends import Backend, is_fused
-from .call import SolverCall
-from .rows import RowTable
+from .call import ColumnCall, SolverCall, StateCall
+from .definitions import solving
+from .rows import Row, RowTable
 
 
 def gram(table: RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
@@ -53,9 +54,13 @@ def gram_solve(
     chosen = dispatch.resolve(table.device, backend)
     gram = _new_gram(chosen, (*lead, table.num_tasks, table.num_tasks), table.device)
     checked = checks.check_call(call, gram)
-    if is_fused(chosen) and checked.rng is call.rng:
+    if is_fused(chosen) and chosen.fuses(call.solver) and checked.rng is call.rng:
         return gram, *chosen.gram_solve_into(table, group_list, gram, checked)
     chosen.gram_into(table, group_list, gram.view(-1, *gram.shape[-2:]))
+    definition = solving.DEFINITIONS.get(call.solver)
+    if definition is not None and not definition.scale_free:
+        ranges.check_range(table, gram, groups)
+        return gram, *_solve(chosen, call, checked, gram)
     if not ranges.leaves_range(table, gram):
         return gram, *_solve(chosen, call, checked, gram)
     scaled = ranges.scaled_gram(table, group_list, num_groups)
@@ -120,25 +125,93 @@ def combine(
     chosen = dispatch.resolve(table.device, backend)
     weights, group_list = checks.check_weights(table, weights, groups)
     scale, found_inf = checks.check_epilogue(table, scale, found_inf)
-    if out is None:
-        targets = [None if like is None else torch.empty_like(like) for like in table.like]
-        written = targets
-    elif out is table.like and table.captured and not accumulate:  # the rows' own memory, known to fit
-        targets = written = table.like
-    else:
-        targets = checks.check_out(table, out)
-        written = [_in_place(target, like) for target, like in zip(targets, table.like, strict=True)]
-        if not (table.captured or table.device.type == "meta"):
-            checks.check_disjoint(table, written, accumulate)
-        for p, (place, like, target) in enumerate(zip(written, table.like, targets, strict=True)):
-            if place is None and like is not None and target is not None:
-                written[p] = _elsewhere(like, target, accumulate)
+    targets, written = _outputs(table, out, accumulate)
     if is_fused(chosen):
         chosen.combine_into(table, weights, group_list, written, accumulate, scale, found_inf)
     else:
         chosen.combine_into(table, weights if scale is None else weights * scale, group_list, written, accumulate)
         if found_inf is not None:
             flag_non_finite(written, found_inf)
+    return _results(table, out, targets, written)
+
+
+def reduce_columns(
+    table: RowTable, call: ColumnCall, out: Tensor | Sequence[Tensor | None] | None, backend: str | None
+) -> Tensor | list[Tensor | None]:
+    """`ops.graddrop` and `ops.trimmed_mean` of a table of plain tensors."""
+    chosen = dispatch.resolve(table.device, backend)
+    checked = checks.check_columns(table, call)
+    targets, written = _outputs(table, out, same_dtype=True)
+    chosen.reduce_columns_into(table, checked, written)
+    return _results(table, out, targets, written)
+
+
+def update_state(
+    given: Tensor | Sequence[Row] | RowTable,
+    state: RowTable,
+    table: RowTable,
+    call: StateCall,
+    groups: Sequence[int] | None,
+    backend: str | None,
+) -> Tensor:
+    """`ops.update_average` and `ops.accumulate_squares` of plain tensors: the state as given, and as a table."""
+    group_list, num_groups = checks.check_groups(groups, state.num_params)
+    chosen = dispatch.resolve(state.device, backend)
+    checked = checks.check_state(table, state, call, groups)
+    places = _laid_out(state, table)
+    if not (table.captured or state.device.type == "meta"):
+        checks.check_state_apart(table, places)
+    sums = torch.zeros((num_groups, state.num_tasks), dtype=torch.float64, device=state.device)
+    chosen.update_state(table, places, checked, group_list, sums)
+    if isinstance(given, RowTable):
+        targets: Sequence[Row] = state.entries
+    else:
+        targets = [[row] for row in given.unbind(0)] if isinstance(given, Tensor) else given
+    for target, place in zip(targets, places.entries, strict=True):
+        _finish_out(target, place)
+    return sums[0] if groups is None else sums
+
+
+def _laid_out(state: RowTable, table: RowTable) -> RowTable:
+    """The state with every tensor laid out as the rows are; what is not is copied."""
+    entries = state.entries
+    for p, (kept, row) in enumerate(zip(state.like, table.like, strict=True)):
+        if kept is None or row is None or kept.stride() == row.stride():
+            continue
+        if entries is state.entries:
+            entries = [list(states) for states in entries]
+        for states in entries:
+            if (tensor := states[p]) is not None:
+                states[p] = _elsewhere(row, tensor, True)
+    return state if entries is state.entries else RowTable(entries)
+
+
+def _outputs(
+    table: RowTable, out: Tensor | Sequence[Tensor | None] | None, accumulate: bool = False, same_dtype: bool = False
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The P targets, and where the kernels write what they are to hold: there, if it is laid out as the rows are."""
+    if out is None:
+        targets = [None if like is None else torch.empty_like(like) for like in table.like]
+        return targets, targets
+    if out is table.like and table.captured and not accumulate:  # the rows' own memory, known to fit
+        return table.like, table.like
+    targets = checks.check_out(table, out, same_dtype)
+    written = [_in_place(target, like) for target, like in zip(targets, table.like, strict=True)]
+    if not (table.captured or table.device.type == "meta"):
+        checks.check_disjoint(table, written, accumulate)
+    for p, (place, like, target) in enumerate(zip(written, table.like, targets, strict=True)):
+        if place is None and like is not None and target is not None:
+            written[p] = _elsewhere(like, target, accumulate)
+    return targets, written
+
+
+def _results(
+    table: RowTable,
+    out: Tensor | Sequence[Tensor | None] | None,
+    targets: list[Tensor | None],
+    written: Sequence[Tensor | None],
+) -> Tensor | list[Tensor | None]:
+    """What an operation returns that wrote to its outputs, or beside them."""
     if out is not None:
         _finish_out(targets, written)
     if table.dense:

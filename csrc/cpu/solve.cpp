@@ -1,5 +1,6 @@
 #include "solve.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
@@ -48,8 +49,10 @@ void check_weights(const std::string& name, std::int64_t batch, int num_tasks, c
 void solve(const std::string& name, std::int64_t batch, int num_tasks, const double* gram,
            const unsigned char* active, std::int64_t active_stride, const std::int64_t* rng,
            const std::vector<double>& options, const double* inputs, std::int64_t inputs_stride,
-           double* weights, double* certificate, int threads) {
-  const Solve run = solve_at(find_solver(name, num_tasks, options, rng != nullptr).position, AllSolvers{});
+           double* state, std::int64_t state_doubles, double* weights, double* certificate, int threads) {
+  const SolverInfo solver = find_solver(name, num_tasks, options, rng != nullptr, state_doubles);
+  const Solve run = solve_at(solver.position, AllSolvers{});
+  const std::vector<double> before(state, state + batch * state_doubles);
   const std::int64_t entries = static_cast<std::int64_t>(num_tasks) * num_tasks;
   parallel_for(batch, batch * entries < kSerialEntries ? 1 : threads, [&](std::int64_t index) {
     Problem problem{};
@@ -60,12 +63,18 @@ void solve(const std::string& name, std::int64_t batch, int num_tasks, const dou
     problem.index = index;
     problem.options = options.data();
     problem.inputs = inputs == nullptr ? nullptr : inputs + index * inputs_stride;
+    problem.state = state + index * state_doubles;
     problem.weights = weights + index * num_tasks;
     double unwanted[2];
     problem.certificate = certificate == nullptr ? unwanted : certificate + index * 2;
     run(problem);
   });
-  check_weights(name, batch, num_tasks, weights);
+  try {
+    check_weights(name, batch, num_tasks, weights);
+  } catch (...) {
+    std::copy(before.begin(), before.end(), state);
+    throw;
+  }
 }
 
 }  // namespace mtl::cpu

@@ -130,7 +130,8 @@ std::optional<std::string> unsupported(int device) {
 SolverArguments solver_arguments(const std::string& name, int num_tasks, Address active,
                                  std::int64_t active_stride, Address rng, bool advance_rng,
                                  const std::vector<double>& options, Address inputs,
-                                 std::int64_t inputs_stride, Address weights, Address certificate) {
+                                 std::int64_t inputs_stride, Address state, std::int64_t state_doubles,
+                                 Address weights, Address certificate) {
   SolverArguments arguments;
   arguments.name = name;
   arguments.num_tasks = num_tasks;
@@ -141,6 +142,8 @@ SolverArguments solver_arguments(const std::string& name, int num_tasks, Address
   arguments.options = options;
   arguments.inputs = at<const double>(inputs);
   arguments.inputs_stride = inputs_stride;
+  arguments.state = at<double>(state);
+  arguments.state_doubles = state_doubles;
   arguments.weights = at<double>(weights);
   arguments.certificate = at<double>(certificate);
   return arguments;
@@ -192,11 +195,17 @@ std::int64_t solve_scratch(int device, const SolverArguments& arguments, std::in
   return solve_plans().scratch_doubles(device, arguments, batch);
 }
 
+template <class... Solvers>
+std::vector<std::string> names_of(mtl::SolverList<Solvers...>) {
+  return {Solvers::name...};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
   m.doc() = "Compiled CUDA kernels of mtl_kernels; addresses and sizes in, see csrc/cuda.";
   m.attr("architectures") = MTL_CUDA_ARCHS;
+  m.attr("fused_solvers") = names_of(mtl::FusedSolvers{});
   m.def("missing", &missing);
   m.def("unsupported", &unsupported);
 

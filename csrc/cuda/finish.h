@@ -117,7 +117,7 @@ static __device__ __noinline__ void finish(const GramArgs& args, std::int64_t sl
   __syncthreads();
   if (args.norms != nullptr) write_statistics<kMostTasks>(args, slice.group);
   if (args.solver.solver < 0) return;
-  solve_problem<kMostTasks>(args.solver, slice.group);
+  solve_switch<kMostTasks>(args.solver.solver, problem_of(args.solver, slice.group), FusedSolvers{});
   if (args.solver.advance_rng && arrives_last(args.arrivals, args.num_groups) && threadIdx.x == 0)
     args.solver.rng[1] += 1;
 }

@@ -88,6 +88,8 @@ void GramCall::run(cudaStream_t stream) const {
   args.cosines = cosines;
   args.solver.solver = -1;
   if (solver != nullptr) {
+    if (!info_of(*solver).is_fused())
+      throw std::invalid_argument("solver '" + solver->name + "' is a launch of its own, after gram");
     if (plan.scratch_doubles(*solver) > 0 && scratch == nullptr)
       throw std::invalid_argument("this solver needs a workspace");
     args.solver = make_call(*solver, scratch);

@@ -2,18 +2,15 @@
 
 #include <algorithm>
 
-#include "mtl_kernels/solvers/find.h"
 #include "occupancy.h"
 #include "solve_kernel.h"
 
 namespace mtl::cuda {
-namespace {
 
 SolverInfo info_of(const SolverArguments& arguments) {
-  return find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr);
+  return find_solver(arguments.name, arguments.num_tasks, arguments.options, arguments.rng != nullptr,
+                     arguments.state_doubles);
 }
-
-}  // namespace
 
 std::int64_t scratch_of(const SolverArguments& arguments) {
   return static_cast<std::int64_t>(info_of(arguments).scratch_doubles(arguments.num_tasks));
@@ -32,6 +29,8 @@ SolverCall make_call(const SolverArguments& arguments, double* scratch) {
   std::copy(arguments.options.begin(), arguments.options.end(), call.options);
   call.inputs = arguments.inputs;
   call.inputs_stride = arguments.inputs_stride;
+  call.state = arguments.state;
+  call.state_doubles = arguments.state_doubles;
   call.weights = arguments.weights;
   call.certificate = arguments.certificate;
   call.scratch = scratch;
@@ -45,7 +44,7 @@ SolvePlans::Plan SolvePlans::make(int device, const SolverArguments& arguments) 
   const int K = arguments.num_tasks;
   const auto doubles = static_cast<std::int64_t>(solver.scratch_doubles(K));
   const std::size_t bytes = static_cast<std::size_t>(doubles) * sizeof(double);
-  const auto kernel = solve_kernel(K);
+  const auto kernel = solve_kernel(solver.position, K);
   const bool shared = bytes <= dynamic_shared_limit(kernel, device);
   Plan plan{};
   // A warp for each of the rows; or one in all, which has the fastest barriers, where small problems have no
@@ -78,7 +77,7 @@ void SolvePlans::solve(int device, const SolverArguments& arguments, std::int64_
   if (batch == 0) return;
   const Plan plan = find(device, arguments);
   if (plan.scratch_doubles > 0 && scratch == nullptr) throw std::invalid_argument("solve needs a workspace");
-  launch(solve_kernel(arguments.num_tasks),
+  launch(solve_kernel(call.solver, arguments.num_tasks),
          {static_cast<int>(std::min(batch, plan.wave)), plan.threads, plan.shared_bytes, stream},
          SolveArgs{batch, call}, "solve");
 }

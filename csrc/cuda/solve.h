@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "device.h"
+#include "mtl_kernels/solvers/find.h"
 #include "solver_call.h"
 
 namespace mtl::cuda {
@@ -23,9 +24,14 @@ struct SolverArguments {
   std::vector<double> options;
   const double* inputs = nullptr;
   std::int64_t inputs_stride = 0;
+  double* state = nullptr;  // [batch, state_doubles]
+  std::int64_t state_doubles = 0;
   double* weights = nullptr;      // [batch, K]
   double* certificate = nullptr;  // [batch, 2]
 };
+
+// Throws std::invalid_argument, see find_solver.
+SolverInfo info_of(const SolverArguments& arguments);
 
 // Doubles of workspace a block needs.
 std::int64_t scratch_of(const SolverArguments& arguments);

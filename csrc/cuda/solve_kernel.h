@@ -12,6 +12,7 @@ struct SolveArgs {
 
 constexpr int kSolveMaxThreads = 256;
 
-void (*solve_kernel(int num_tasks))(SolveArgs);
+// For the solver at a position of AllSolvers.
+void (*solve_kernel(int solver, int num_tasks))(SolveArgs);
 
 }  // namespace mtl::cuda

@@ -18,6 +18,8 @@ struct SolverCall {
   double options[kMaxOptions];
   const double* inputs;
   std::int64_t inputs_stride;
+  double* state;
+  std::int64_t state_doubles;  // of a problem
   double* weights;
   double* certificate;
   double* scratch;  // `scratch_doubles` for every block of the grid, nullptr: in dynamic shared memory

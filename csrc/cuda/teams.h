@@ -52,6 +52,33 @@ class TeamOfWarps {
 
 }  // namespace detail
 
+// One warp: the first of a block, because its barriers cost a tenth of the block's, and up to 32 tasks give
+// the other warps nothing to do but wait; or each of them as a squad.
+class WarpTeam : public detail::TeamOfWarps<WarpTeam> {
+ public:
+  __device__ int rank() const { return lane(); }
+  // Loops over ranks go round once; unrolled, they would only take registers from the kernel.
+  __device__ int size() const { return opaque(kWarp); }
+  __device__ int squad() const { return 0; }
+  __device__ int num_squads() const { return 1; }
+  __device__ WarpTeam as_team() const { return {}; }
+  __device__ void sync() const { __syncwarp(); }
+  __device__ bool any(bool x) const {
+    __syncwarp();
+    return __any_sync(kAllLanes, x) != 0;
+  }
+
+ private:
+  friend TeamOfWarps;
+
+  // A shuffle alone orders no memory, which a collective of a team does.
+  template <class T, class Join>
+  __device__ static T reduce(T x, Join join) {
+    __syncwarp();
+    return detail::join_lanes(x, join);
+  }
+};
+
 class BlockTeam : public detail::TeamOfWarps<BlockTeam> {
  public:
   static constexpr int kMaxWarps = 16;
@@ -60,6 +87,7 @@ class BlockTeam : public detail::TeamOfWarps<BlockTeam> {
   __device__ int size() const { return static_cast<int>(blockDim.x); }
   __device__ int squad() const { return static_cast<int>(threadIdx.x) / kWarp; }
   __device__ int num_squads() const { return static_cast<int>(blockDim.x) / kWarp; }
+  __device__ WarpTeam as_team() const { return {}; }
   __device__ void sync() const { __syncthreads(); }
   __device__ bool any(bool x) const { return __syncthreads_or(x) != 0; }
 
@@ -78,32 +106,6 @@ class BlockTeam : public detail::TeamOfWarps<BlockTeam> {
     T total = parts[0];
     for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) total = join(total, parts[warp]);
     return total;
-  }
-};
-
-// The first warp of a block. Its barriers cost a tenth of the block's, and up to 32 tasks give the other
-// warps nothing to do but wait.
-class WarpTeam : public detail::TeamOfWarps<WarpTeam> {
- public:
-  __device__ int rank() const { return lane(); }
-  // Loops over ranks go round once; unrolled, they would only take registers from the kernel.
-  __device__ int size() const { return opaque(kWarp); }
-  __device__ int squad() const { return 0; }
-  __device__ int num_squads() const { return 1; }
-  __device__ void sync() const { __syncwarp(); }
-  __device__ bool any(bool x) const {
-    __syncwarp();
-    return __any_sync(kAllLanes, x) != 0;
-  }
-
- private:
-  friend TeamOfWarps;
-
-  // A shuffle alone orders no memory, which a collective of a team does.
-  template <class T, class Join>
-  __device__ static T reduce(T x, Join join) {
-    __syncwarp();
-    return detail::join_lanes(x, join);
   }
 };
 

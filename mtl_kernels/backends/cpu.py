@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import SolverCall
+from ..call import ColumnCall, SolverCall, StateCall
 from ..rows import DTYPE_CODES, RowTable
 
 _cpu: Any = None
@@ -74,6 +74,40 @@ class CpuBackend:
             torch.get_num_threads(),
         )
 
+    def reduce_columns_into(self, table: RowTable, call: ColumnCall, out: Sequence[Tensor | None]) -> None:
+        _cpu.reduce_columns(
+            table.pointers,
+            table.numels,
+            table.codes,
+            table.num_tasks,
+            call.code,
+            call.trim,
+            0 if call.leak is None else call.leak.data_ptr(),
+            0 if call.rng is None else call.rng.data_ptr(),
+            [0 if tensor is None else tensor.data_ptr() for tensor in out],
+            torch.get_num_threads(),
+        )
+
+    def update_state(
+        self, table: RowTable, state: RowTable, call: StateCall, groups: Sequence[int], sums: Tensor
+    ) -> None:
+        _cpu.update_state(
+            state.pointers,
+            state.numels,
+            state.codes,
+            table.pointers,
+            table.codes,
+            groups,
+            state.num_tasks,
+            sums.shape[0],
+            call.code,
+            0 if call.keep is None else call.keep.data_ptr(),
+            call.gain.data_ptr(),
+            call.epsilon,
+            sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+
     def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         shape = gram.shape
         num_tasks = shape[-1]
@@ -85,7 +119,7 @@ class CpuBackend:
             batch = math.prod(shape[:-2])
             weights = gram.new_empty(shape[:-1])
             certificate = gram.new_empty((*shape[:-2], 2)) if call.certified else None
-        active, rng, inputs = call.active, call.rng, call.inputs
+        active, rng, inputs, state = call.active, call.rng, call.inputs, call.state
         _cpu.solve(
             call.solver,
             batch,
@@ -97,6 +131,8 @@ class CpuBackend:
             call.options,
             0 if inputs is None else inputs.data_ptr(),
             0 if inputs is None or inputs.dim() == 1 else num_tasks,
+            0 if state is None else state.data_ptr(),
+            0 if state is None else state.shape[-1],
             weights.data_ptr(),
             0 if certificate is None else certificate.data_ptr(),
             1 if batch == 1 else torch.get_num_threads(),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..call import SolverCall
+from ..definitions import elementwise
 from ..rows import DTYPE_CODES, RowTable
 from ..uploads import Cache, capturing, on_host, packed
 
@@ -144,6 +145,8 @@ class CudaBackend:
     """
 
     fused = True
+    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
+    update_state = staticmethod(elementwise.update_state)
 
     def __init__(self, name: str = "cuda", module: Any = None, device_type: str = "cuda") -> None:
         self.name = name
@@ -181,6 +184,9 @@ class CudaBackend:
         self, table: RowTable, groups: Sequence[int], gram: Tensor, norms: Tensor, cosines: Tensor
     ) -> None:
         self._gram(table, groups, gram, norms, cosines)
+
+    def fuses(self, solver: str) -> bool:
+        return solver in self._module.fused_solvers
 
     def gram_solve_into(
         self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall
@@ -284,7 +290,7 @@ class CudaBackend:
 
     def _solver(self, call: SolverCall, gram: Tensor, weights: Tensor, certificate: Tensor) -> Any:
         num_tasks = gram.shape[-1]
-        active, inputs = call.active, call.inputs
+        active, inputs, state = call.active, call.inputs, call.state
         return self._module.SolverArguments(
             call.solver,
             num_tasks,
@@ -295,6 +301,8 @@ class CudaBackend:
             call.options,
             _address(inputs),
             0 if inputs is None or inputs.dim() == 1 else num_tasks,
+            _address(state),
+            0 if state is None else state.shape[-1],
             weights.data_ptr(),
             certificate.data_ptr(),
         )

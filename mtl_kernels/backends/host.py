@@ -30,5 +30,8 @@ def solve(call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
     compiled = CpuBackend()
     run = solving.solve if compiled.missing() else compiled.solve
     there = {name: value.cpu() for name in ("active", "rng", "inputs") if (value := getattr(call, name)) is not None}
-    weights, certificate = run(call._replace(**there), gram.cpu())
+    state = None if call.state is None else call.state.to("cpu", copy=True)
+    weights, certificate = run(call._replace(**there, state=state), gram.cpu())
+    if call.state is not None and state is not None:
+        call.state.copy_(state)
     return weights.to(gram.device), None if certificate is None else certificate.to(gram.device)

@@ -8,7 +8,7 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from ..call import SolverCall
+from ..call import ColumnCall, SolverCall, StateCall
 from ..rows import RowTable
 
 
@@ -44,6 +44,17 @@ class Backend(Protocol):
         Summed in float64, with ``accumulate`` also with what ``out[p]`` held, and rounded once to its dtype.
         """
 
+    def reduce_columns_into(self, table: RowTable, call: ColumnCall, out: Sequence[Tensor | None]) -> None:
+        """Writes what ``call`` makes of the K values of an element to ``out[p]``, which has the dtype of the rows."""
+
+    def update_state(
+        self, table: RowTable, state: RowTable, call: StateCall, groups: Sequence[int], sums: Tensor
+    ) -> None:
+        """Updates ``state``, laid out as the rows, and writes what comes of it to ``sums``, zeroed float64 ``[S, K]``.
+
+        The state says how many elements a parameter has; rows are None where it is there for more.
+        """
+
     def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         """Solves ``gram`` float64 ``[..., K, K]`` contiguous: weights ``[..., K]``, certificate ``[..., 2]``, float64.
 
@@ -58,6 +69,9 @@ class FusedBackend(Backend, Protocol):
         self, table: RowTable, groups: Sequence[int], gram: Tensor, norms: Tensor, cosines: Tensor
     ) -> None:
         """Writes Gram ``[S, K, K]``, norms ``[S, K]`` and cosines ``[S, K, K]`` of each group."""
+
+    def fuses(self, solver: str) -> bool:
+        """Whether `gram_solve_into` runs the solver; others are a launch of their own."""
 
     def gram_solve_into(
         self, table: RowTable, groups: Sequence[int], gram: Tensor, call: SolverCall

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..call import SolverCall
-from ..definitions import solving, sums
+from ..definitions import elementwise, solving, sums
 from .host import refuse_capture
 
 _WITHOUT_FLOAT64 = ("mps",)
@@ -19,6 +19,8 @@ class ReferenceBackend:
     fused = False
     gram_into = staticmethod(sums.gram_into)
     combine_into = staticmethod(sums.combine_into)
+    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
+    update_state = staticmethod(elementwise.update_state)
 
     def missing(self) -> str | None:
         return None

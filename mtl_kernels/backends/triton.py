@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..call import SolverCall
-from ..definitions import solving
+from ..definitions import elementwise, solving
 from ..rows import RowTable
 from . import host
 
@@ -85,6 +85,8 @@ class TritonBackend:
 
     name = "triton"
     fused = False
+    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
+    update_state = staticmethod(elementwise.update_state)
 
     def missing(self) -> str | None:
         no_gpu = (
@@ -133,7 +135,7 @@ class TritonBackend:
             _kernels("combine").combine_into(table, weights, groups, out, accumulate)
 
     def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
-        solving.check(call)
+        solving.check(call, gram.shape[-1])
         if call.solver not in SOLVERS:
             return host.solve(call, gram)
         weights = gram.new_empty(gram.shape[:-1])

@@ -19,6 +19,7 @@ class Problem(NamedTuple):
         tasks: the numbers of the n active tasks among all K.
         num_tasks: K. position: the problem's place in the batch.
         options, rng: as in `SolverCall`. inputs: float64 ``[n]``, or None.
+        state: float64 ``[m]``, of all K tasks, for the definition to change; or None.
     """
 
     gram: Tensor
@@ -28,6 +29,7 @@ class Problem(NamedTuple):
     options: Sequence[float]
     rng: Tensor | None
     inputs: Tensor | None
+    state: Tensor | None
 
 
 class Answer(NamedTuple):
@@ -45,11 +47,15 @@ class Definition(NamedTuple):
         answer: solves one problem.
         num_options: the length of ``options``.
         needs_rng: whether these options need an rng state.
+        state_doubles: how many numbers it keeps of a problem of K tasks.
+        scale_free: whether the weights are the same for G and c^2 G.
     """
 
     answer: Callable[[Problem], Answer]
     num_options: int
     needs_rng: Callable[[Sequence[float]], bool]
+    state_doubles: Callable[[int], int]
+    scale_free: bool
 
 
 DEFINITIONS: dict[str, Definition] = {}
@@ -57,18 +63,23 @@ DEFINITIONS: dict[str, Definition] = {}
 
 
 def defines(
-    solver: str, *, num_options: int, needs_rng: Callable[[Sequence[float]], bool] = lambda options: False
+    solver: str,
+    *,
+    num_options: int,
+    needs_rng: Callable[[Sequence[float]], bool] = lambda options: False,
+    state_doubles: Callable[[int], int] = lambda num_tasks: 0,
+    scale_free: bool = True,
 ) -> Callable[[Callable[[Problem], Answer]], Callable[[Problem], Answer]]:
     """Registers the decorated function as the definition of a solver; see `Definition` for the arguments."""
 
     def register(answer: Callable[[Problem], Answer]) -> Callable[[Problem], Answer]:
-        DEFINITIONS[solver] = Definition(answer, num_options, needs_rng)
+        DEFINITIONS[solver] = Definition(answer, num_options, needs_rng, state_doubles, scale_free)
         return answer
 
     return register
 
 
-def check(call: SolverCall) -> Definition:
+def check(call: SolverCall, num_tasks: int) -> Definition:
     """The definition of the solver. Raise as the compiled backends do where the call does not fit it."""
     found = DEFINITIONS.get(call.solver)
     if found is None:
@@ -77,6 +88,9 @@ def check(call: SolverCall) -> Definition:
         raise ValueError(f"solver {call.solver!r} takes {found.num_options} options, found {len(call.options)}")
     if call.rng is None and found.needs_rng(call.options):
         raise ValueError(f"solver {call.solver!r} needs an rng state with these options")
+    kept, given = found.state_doubles(num_tasks), 0 if call.state is None else call.state.shape[-1]
+    if given != kept:
+        raise ValueError(f"solver {call.solver!r} keeps a state of {kept} numbers for {num_tasks} tasks, found {given}")
     return found
 
 
@@ -88,13 +102,14 @@ def solve(call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a call that does not fit the solver, or weights that float64 does not hold for a finite Gram matrix.
     """
-    definition = check(call)
     lead, num_tasks = gram.shape[:-2], gram.shape[-1]
+    definition = check(call, num_tasks)
     problems = gram.cpu().reshape(-1, num_tasks, num_tasks)
     active = torch.ones(num_tasks, dtype=torch.bool, device="cpu") if call.active is None else call.active.cpu()
     active = active.expand(*lead, num_tasks).reshape(-1, num_tasks)
     inputs = None if call.inputs is None else call.inputs.cpu().expand(*lead, num_tasks).reshape(-1, num_tasks)
     rng = None if call.rng is None else call.rng.cpu()
+    states = None if call.state is None else call.state.to("cpu", copy=True).reshape(problems.shape[0], -1)
     weights = problems.new_zeros(problems.shape[:2])
     certificate = problems.new_zeros((problems.shape[0], 2))
     for index, problem in enumerate(problems):
@@ -107,7 +122,8 @@ def solve(call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor]:
             certificate[index, 0] = torch.nan
             continue
         own = None if inputs is None else inputs[index][tasks]
-        found = definition.answer(Problem(among, tasks.tolist(), num_tasks, index, call.options, rng, own))
+        state = None if states is None else states[index]
+        found = definition.answer(Problem(among, tasks.tolist(), num_tasks, index, call.options, rng, own, state))
         if not found.weights.isfinite().all():
             raise ValueError(
                 f"solver {call.solver!r} has no finite weights for problem {index} although its Gram matrix is finite: "
@@ -115,4 +131,6 @@ def solve(call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor]:
             )
         weights[index, tasks] = found.weights
         certificate[index] = torch.tensor([found.gap, found.iterations], dtype=torch.float64, device="cpu")
+    if call.state is not None and states is not None:
+        call.state.copy_(states.view(call.state.shape))
     return weights.reshape(*lead, num_tasks).to(gram.device), certificate.reshape(*lead, 2).to(gram.device)

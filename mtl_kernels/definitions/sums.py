@@ -22,10 +22,10 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor, scales: Seque
         if like is None:
             continue
         tasks = [k for k in range(table.num_tasks) if table.entries[k][p] is not None]
-        flat = [_flat(table.entries[k][p]) for k in tasks]
+        rows = [flat(table.entries[k][p]) for k in tasks]
         index = torch.tensor(tasks, device=out.device)
         for begin in range(0, like.numel(), BLOCK):
-            block = torch.stack([row[begin : begin + BLOCK].double() for row in flat])
+            block = torch.stack([row[begin : begin + BLOCK].double() for row in rows])
             block = block if scales is None else block * scales[groups[p]]
             out[groups[p]].index_put_((index.unsqueeze(1), index), block @ block.T, accumulate=True)
     lower = out.tril(-1)
@@ -46,27 +46,30 @@ def combine_into(
     for p, target in enumerate(out):
         if target is None:
             continue
-        column = [(weights[groups[p], k], _flat(row[p])) for k, row in enumerate(table.entries) if row[p] is not None]
-        flat = _flat(target)
-        for begin in range(0, flat.numel(), BLOCK):
+        column = [(weights[groups[p], k], flat(row[p])) for k, row in enumerate(table.entries) if row[p] is not None]
+        written = flat(target)
+        for begin in range(0, written.numel(), BLOCK):
             end = begin + BLOCK
-            total = torch.zeros(flat[begin:end].shape, dtype=torch.float64, device=flat.device)
+            total = torch.zeros(written[begin:end].shape, dtype=torch.float64, device=written.device)
             for weight, row in column:
                 total += weight * row[begin:end].double()
             if accumulate:
-                total += flat[begin:end].double()
-            flat[begin:end] = total if target.dtype.itemsize > 2 else _to_odd_float(total)
+                total += written[begin:end].double()
+            written[begin:end] = rounded(total, target.dtype)
 
 
-def _to_odd_float(x: Tensor) -> Tensor:
-    """float64 as float32 whose last bit is set where anything was cut off: rounding that to 16 bits rounds once."""
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 rounded once to a row dtype."""
+    if dtype.itemsize > 2:
+        return x.to(dtype)
+    # By way of a float32 whose last bit is set where anything was cut off.
     nearest = x.float()
     inexact = (nearest.double() != x) & x.isfinite()
     bits = nearest.view(torch.int32) - (nearest.double().abs() > x.abs()).int()
-    return torch.where(inexact, bits | 1, nearest.view(torch.int32)).view(torch.float32)
+    return torch.where(inexact, bits | 1, nearest.view(torch.int32)).view(torch.float32).to(dtype)
 
 
-def _flat(tensor: Tensor | None) -> Tensor:
+def flat(tensor: Tensor | None) -> Tensor:
     """The elements in the order of memory, without a copy; tensors of a `RowTable` fill their memory."""
     if tensor is None:
         raise ValueError("a parameter that no task reaches has no elements")

@@ -78,7 +78,7 @@ def definition(problem: Problem) -> Answer:
     scale = _power_of_two_scale(problem.gram.diagonal().max())
     gram = problem.gram * scale
     max_iters = int(cap) if cap > 0 else 10 * problem.num_tasks + 40
-    w, iterations = (_frank_wolfe if published else _nearest_point)(gram, max_iters, tol)
+    w, iterations = (_frank_wolfe if published else nearest_point)(gram, max_iters, tol)
     gap = (w @ gram @ w - (gram @ w).min()).clamp(min=0) / scale
     return Answer(w, gap.item(), iterations)
 
@@ -103,7 +103,7 @@ def _frank_wolfe(gram: Tensor, max_iters: int, tol: float) -> tuple[Tensor, int]
     return w / w.sum(), max_iters
 
 
-def _nearest_point(gram: Tensor, max_iters: int, tol: float) -> tuple[Tensor, int]:
+def nearest_point(gram: Tensor, max_iters: int, tol: float) -> tuple[Tensor, int]:
     """Wolfe 1976, on unit rows: with C their cosines, a_k = min n / n_k, w_k = a_k y_k: min y'Cy, a'y = 1, y >= 0."""
     least, start = gram.diagonal().min(0)
     if least <= 0:  # a zero row is the answer

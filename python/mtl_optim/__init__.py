@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import losses, methods
-from .catalog import MethodInfo, get_method, list_methods
+from .catalog import LossInfo, MethodInfo, get_loss, get_method, list_losses, list_methods
 from .methods import *  # noqa: F403
 from .monitor.report import Report
 from .optimizer import MultiTaskOptimizer
 
 __all__ = [
+    "LossInfo",
     "MethodInfo",
     "MultiTaskOptimizer",
     "Report",
+    "get_loss",
     "get_method",
+    "list_losses",
     "list_methods",
     "losses",
     "methods",

@@ -1,16 +1,36 @@
-"""Choosing a method: what there is, and one by name."""
+"""Choosing a method or a combination of losses: what there is, and one by name."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from . import methods
+from . import losses, methods
+from .losses import LossCombination, SumOfTerms
 from .methods import Method
 
 ALIASES = {"ew": "sum", "imtl": "imtlg", "random": "randomweights", "rlw": "randomweights"}
 """Names that TorchJD and LibMTL have for methods, in lower case and without underscores, where ours is another."""
+
+LOSS_ALIASES = {
+    "dtp": "dynamictaskpriority",
+    "dwa": "dynamicweightaverage",
+    "gls": "geometricmean",
+    "lbtw": "lossbalancedtaskweighting",
+    "uncertainty": "uncertaintyweighting",
+    "uw": "uncertaintyweighting",
+}
+"""The same for combinations of losses, with the abbreviations of their papers."""
+
+IN_TWO_PARTS = {
+    "imtl": "IMTL is two parts here: the method IMTLG for the gradients, and losses.IMTLL for the losses, whose terms "
+    "stand in front of it: MultiTaskOptimizer(optimizer, get_method('imtlg'), transform=get_loss('imtll', tasks=...))"
+}
+"""Names that stand for a method and a combination of losses together, with what to do."""
+
+_T = TypeVar("_T")
 
 
 class MethodInfo(NamedTuple):
@@ -31,10 +51,35 @@ class MethodInfo(NamedTuple):
     arguments: tuple[str, ...]
 
 
+class LossInfo(NamedTuple):
+    """What there is to know before choosing a combination of losses.
+
+    Attributes:
+        name: what `get_loss` finds it by. cls: its class.
+        value, state, calls: as in `mtl_optim.losses.LossAbout`.
+        has_terms: whether it is a sum of one term per task, which can stand in front of a method.
+        arguments: the options without a default.
+    """
+
+    name: str
+    cls: type[LossCombination]
+    value: str
+    state: str
+    calls: str
+    has_terms: bool
+    arguments: tuple[str, ...]
+
+
 def list_methods() -> list[MethodInfo]:
     """Every method, by name."""
     classes = [methods.get(name) for name in methods.available()]
     return [MethodInfo(cls.name, cls, *cls.about, _arguments(cls)) for cls in classes]
+
+
+def list_losses() -> list[LossInfo]:
+    """Every combination of losses, by name."""
+    found = {name: losses.get(name) for name in losses.available()}
+    return [LossInfo(name, c, *c.about, issubclass(c, SumOfTerms), _arguments(c)) for name, c in found.items()]
 
 
 def get_method(name: str, **options: Any) -> Method:
@@ -46,9 +91,70 @@ def get_method(name: str, **options: Any) -> Method:
 
     Raises:
         TypeError: an option that the class does not have, or one missing that it needs.
-        ValueError: an unknown name, with those that are near; or a value that the class refuses.
+        ValueError: an unknown name, with those that are near; the name of a combination of losses, with where it is; or
+            a value that the class refuses.
     """
-    cls = _find(name)
+    found = _find(name, "method", methods.available(), ALIASES)
+    if found is None:
+        cls = losses.get(_known(name, losses.available(), LOSS_ALIASES))
+        front = f"; its terms can stand in front of one: MultiTaskOptimizer(..., transform={cls.__name__}(...))"
+        raise ValueError(
+            f"{name!r} is no method but a combination of losses, mtl_optim.losses.{cls.__name__}: get_loss({name!r}, "
+            f"...) makes one, to call backward() on its value{front if issubclass(cls, SumOfTerms) else ''}"
+        )
+    return _make("get_method", name, methods.get(found), options)
+
+
+def get_loss(name: str, **options: Any) -> LossCombination:
+    """A combination of losses by its name, or by that of other libraries: ``get_loss("uw", tasks=["depth", "pose"])``.
+
+    Args:
+        name: as `list_losses` has it; case and underscores do not matter.
+        options: of the class.
+
+    Raises:
+        TypeError: an option that the class does not have, or one missing that it needs.
+        ValueError: an unknown name, with those that are near; the name of a method; or a value that the class refuses.
+    """
+    found = _find(name, "combination of losses", losses.available(), LOSS_ALIASES)
+    if found is None:
+        raise ValueError(f"{name!r} is a method, which goes by the gradients of the tasks: get_method({name!r}, ...)")
+    return _make("get_loss", name, losses.get(found), options)
+
+
+def loss_class(name: str) -> type[LossCombination] | None:
+    """The combination of losses that `get_loss` finds by this name; None if there is none."""
+    found = _known(name, losses.available(), LOSS_ALIASES)
+    return losses.get(found) if found else None
+
+
+def _find(name: str, what: str, names: Sequence[str], aliases: Mapping[str, str]) -> str | None:
+    """The name that a thing has here; None if it is known as one of the other kind.
+
+    Raises:
+        ValueError: it is not known at all.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"expected the name of a {what}, found {name!r}")
+    if found := _known(name, names, aliases):
+        return found
+    if _known(name, methods.available(), ALIASES) or _known(name, losses.available(), LOSS_ALIASES):
+        return None
+    if both := IN_TWO_PARTS.get(_plain(name)):
+        raise ValueError(both)
+    plain = {_plain(known): known for known in names}
+    near = [plain[match] for match in difflib.get_close_matches(_plain(name), plain, 3)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"
+    raise ValueError(f"unknown {what} {name!r}; {hint}")
+
+
+def _known(name: str, names: Sequence[str], aliases: Mapping[str, str]) -> str:
+    """The name among ``names`` that is meant; empty if none is."""
+    asked = _plain(name)
+    return next((known for known in names if _plain(known) == asked), aliases.get(asked, ""))
+
+
+def _make(call: str, name: str, cls: type[_T], options: Mapping[str, Any]) -> _T:
     known = inspect.signature(cls).parameters
     unknown = [option for option in options if option not in known]
     if unknown:
@@ -59,27 +165,14 @@ def get_method(name: str, **options: Any) -> Method:
         )
     missing = [option for option in _arguments(cls) if option not in options]
     if missing:
-        raise TypeError(f"{cls.__name__} needs {', '.join(missing)}: get_method({name!r}, {missing[0]}=...)")
+        raise TypeError(f"{cls.__name__} needs {', '.join(missing)}: {call}({name!r}, {missing[0]}=...)")
     return cls(**options)
-
-
-def _find(name: str) -> type[Method]:
-    if not isinstance(name, str):
-        raise ValueError(f"expected the name of a method, found {name!r}")
-    plain = {_plain(known): known for known in methods.available()}
-    asked = _plain(name)
-    found = plain.get(asked) or ALIASES.get(asked)
-    if found is not None:
-        return methods.get(found)
-    near = [plain[match] for match in difflib.get_close_matches(asked, plain, 3)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(methods.available())}"
-    raise ValueError(f"unknown method {name!r}; {hint}")
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-def _arguments(cls: type[Method]) -> tuple[str, ...]:
+def _arguments(cls: type) -> tuple[str, ...]:
     parameters = inspect.signature(cls).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.default is parameter.empty)

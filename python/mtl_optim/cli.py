@@ -55,9 +55,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     listing = commands.add_parser(
         "methods",
-        help="list the methods, with what they need and promise",
+        help="list the methods and the combinations of losses, with what they need and promise",
         description="Lists every method: its class, what its weights depend on, what it keeps between steps, what "
-        "holds for its combination, and what a solve costs.",
+        "holds for its combination, and what a solve costs. Then every combination of losses: its class, its value, "
+        "what it keeps, what the training loop calls beside it, and whether it can stand in front of a method.",
     )
     demo = commands.add_parser(
         "demo",
@@ -75,7 +76,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     demo.add_argument(
         "--methods", nargs="+", default=list(Options.methods), metavar="NAME",
         help="the methods to train with, see `mtl-kernels methods`, with options where wanted: "
-        f"sum pcgrad:order=fixed mgda:normalize=l2 (default: {' '.join(Options.methods)})",
+        "sum pcgrad:order=fixed mgda:normalize=l2,transform=logsum uncertaintyweighting "
+        f"(default: {' '.join(Options.methods)})",
     )  # fmt: skip
     demo.add_argument(
         "--steps", type=int, default=Options.steps, metavar="N",
@@ -123,14 +125,26 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _methods() -> int:
-    from .catalog import list_methods
+    from .catalog import list_losses, list_methods
 
-    head = ("name", "class", "needs", "keeps", "guarantee", "cost of a solve")
+    print("Methods, which combine the gradients of the tasks:")
     _print_table(
-        [(info.name, f"{info.cls.__name__}({', '.join(info.arguments)})", *info[2:6]) for info in list_methods()],
-        head,
+        [(info.name, _signature(info.cls, info.arguments), *info[2:6]) for info in list_methods()],
+        ("name", "class", "needs", "keeps", "guarantee", "cost of a solve"),
+    )
+    print("\nCombinations of losses (mtl_optim.losses), which need no gradients of single tasks:")
+    _print_table(
+        [
+            (info.name, _signature(info.cls, info.arguments), *info[2:5], "yes" if info.has_terms else "no")
+            for info in list_losses()
+        ],
+        ("name", "class", "value", "keeps", "calls beside it", "transform="),
     )
     return 0
+
+
+def _signature(cls: type, arguments: Sequence[str]) -> str:
+    return f"{cls.__name__}({', '.join(arguments)})"
 
 
 def _info() -> int:

@@ -20,6 +20,7 @@ from .step.names import check_task_name, fixed_tasks
 from .step.progress import Progress
 from .step.refresh import Reusable
 from .step.training_step import TrainingStep
+from .step.transform import Transform, restore, state_of
 from .warn import warn_user
 from .wrapper import OptimizerWrapper
 
@@ -57,13 +58,15 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: what happens to single-task gradients: "none", or "weights" to multiply them by their
             task's weight in the problem of their param group; a parameter that belongs to no problem in
             which its task takes part (always so with granularity="parameter") takes the mean of that task's
-            weights.
+            weights. "weights", like refresh_every > 1, is not for methods whose combination is no weighted sum of
+            the rows of the step (`GradDrop`, `TrimmedMean`, `MoCo`, `DBMTL`).
         granularity: one Gram matrix per "model", per param "group" or per "parameter".
         capture: where the gradients of the tasks are held. "harvest" takes the tensors that autograd made, no copy.
             "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the
             same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
-            weighted backward pass with the last weights. Needs granularity="model". A step with other tasks or
+            weighted backward pass with the last weights. ``None`` goes by the method's own ``refresh_every``, which is
+            1 for most. More than 1 needs granularity="model". A step with other tasks or
             parameters, with `task` blocks or with ``accumulate=True`` computes them anew, as do the one after
             gradients that were not finite and one with 16-bit losses, which would round the weights. Which task reaches
             which parameter must be as in the step that the weights are of: it is not looked at again.
@@ -71,6 +74,14 @@ class MultiTaskOptimizer(OptimizerWrapper):
             ``.grad``, as ``backward()`` does; "keep" leaves it as it is. In `task` blocks, whose backward passes are
             not this optimizer's, "keep" covers what earlier calls of `backward` reached and what other
             MultiTaskOptimizers combine.
+        transform: what the losses of `backward` go through before their passes, so that the method combines the
+            gradients of what comes out: an instance of `mtl_optim.losses` that is a sum of one term per task (LogSum(),
+            UncertaintyWeighting(K)...), or any function from losses to as many losses, a list or dict as they were
+            passed. The report, and methods that go by the values of losses, see what comes out. Its learned parameters
+            belong into a param group; each is reached by one task and treated as its head. `losses.GradNorm` takes its
+            norms from the combination. Modules built without names need all tasks in every step. It does not reach
+            into `task` blocks, whose passes are the user's: call
+            ``opt.transform.terms({name: loss})[name].backward()`` there. Its state is part of `state_dict`.
         tasks: the names, fixed; any other name then raises. ``None`` takes names as they appear.
 
     Raises:
@@ -86,12 +97,13 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: str = "none",
         granularity: str = "model",
         capture: str = "harvest",
-        refresh_every: int = 1,
+        refresh_every: int | None = None,
         outside: str = "sum",
+        transform: Transform | None = None,
         tasks: Sequence[str] | None = None,
     ) -> None:
         names = fixed_tasks(tasks)
-        self.options = Options(method, head_scaling, granularity, capture, refresh_every, outside, names)
+        self.options = Options(method, head_scaling, granularity, capture, refresh_every, outside, transform, names)
         optimizers = wrapped_optimizers(optimizer)
         if any(isinstance(one, MultiTaskOptimizer) for one in optimizers):
             raise TypeError("MultiTaskOptimizer: the optimizer is already one; wrap its .optimizer")
@@ -106,6 +118,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def method(self) -> Method:
         """The method that combines."""
         return self.options.method
+
+    @property
+    def transform(self) -> Transform | None:
+        """What the losses of `backward` go through; None if they are combined as they are."""
+        return self.options.transform
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -123,54 +140,66 @@ class MultiTaskOptimizer(OptimizerWrapper):
         *,
         accumulate: bool = False,
         retain_graph: bool = False,
+        batch: int = 0,
     ) -> None:
         """One backward pass per loss, then one combination into ``.grad``.
 
         Args:
-            losses: K scalar losses as a list, tuple or dict. They may share a graph or not. A tensor [K] is
-                taken too, but each of its elements reaches (with zeros) whatever any of them reaches.
+            losses: K scalar losses as a list, tuple or dict, before any ``transform``. They may share a graph or not. A
+                tensor [K] is taken too, but each of its elements reaches (with zeros) whatever any of them reaches.
             accumulate: keep the rows and do not combine yet: later calls add to them, and `combine`, `step`
                 or a last call without ``accumulate`` combines. For micro-batches.
             retain_graph: keep the graph after the last pass.
+            batch: for methods that take several independent batches a step (`SDMGrad`, `MoDo`), which of them the
+                losses are of, 0 to ``method.num_batches - 1``. Nothing is combined until `combine`, `step` or whoever
+                reads a ``.grad`` asks for it, which needs every batch of every task. What is not combined
+                (single-task parameters, param groups with ``mtl=False``, tensors outside the optimizer) has the
+                gradients of the last batch alone, whose Gram matrix is in the report.
 
         Raises:
             TypeError, ValueError: losses that are not scalars requiring grad, given twice, of unknown tasks,
-                or that reach no parameter of the optimizer.
+                or that reach no parameter of the optimizer; a batch that the method does not take.
             RuntimeError: inside a `task` block, in a distributed run, a task captured twice, or an error of
                 autograd. Whatever is raised, gradients and captured rows are as they were; the one exception
                 is an error in the middle of adding to rows in place (``accumulate``): those are dropped,
                 with a warning.
         """
-        self._training.backward(losses, accumulate, retain_graph)
+        self._training.backward(losses, accumulate, retain_graph, batch)
 
-    def task(self, name: str, *, accumulate: bool = False) -> TaskBlock:
+    def task(self, name: str, *, accumulate: bool = False, batch: int = 0) -> TaskBlock:
         """A ``with`` block whose ``.backward()`` calls become one task's row; `step` or `combine` combines.
 
         Args:
             name: of the task.
             accumulate: add to the row that an earlier block of this step captured, if any: for micro-batches.
+            batch: which of the step's independent batches, as for `backward`. Tensors outside the optimizer that no
+                earlier call of `backward` has reached have the sum over all of them.
 
         Returns:
-            A context manager that yields itself. Methods that need the value of the loss read its ``loss``::
+            A context manager that yields itself. A ``transform`` does not reach into the block: call ``backward()`` on
+            what it makes of the loss. Methods that need the value of the loss read its ``loss``::
 
                 with opt.task("depth") as task:
                     task.loss = loss_fn(model(batch))
                     task.loss.backward()
 
         Raises (here, or on entering or leaving the block; gradients and rows are then as they were):
-            TypeError, ValueError: an unknown name, a block that captured nothing, a missing loss.
+            TypeError, ValueError: an unknown name, a batch that the method does not take, a block that captured
+                nothing, a missing loss.
             RuntimeError: inside another block, in a distributed run, a task captured twice without
                 ``accumulate``, or after a gradient of this step was read.
         """
         check_task_name(name)
         self._training.tasks_with([name])
-        return TaskBlock(self._training, name, accumulate)
+        self._training.batches.check(batch)
+        return TaskBlock(self._training, name, accumulate, batch)
 
     def combine(self) -> None:
         """Combines the captured rows into ``.grad``; `step` and whoever reads a ``.grad`` do so by themselves.
 
         Raises:
-            RuntimeError: no rows were captured, or inside a `task` block.
+            RuntimeError: no rows were captured, a task lacks one of the batches that the method takes, or inside a
+                `task` block.
         """
         self._training.combine()
 
@@ -184,7 +213,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             What the wrapped optimizer returns, the first of several.
 
         Raises:
-            RuntimeError: nothing was captured since the last step, or inside a `task` block.
+            RuntimeError: nothing was captured since the last step, a task lacks one of the batches that the method
+                takes, or inside a `task` block.
         """
         self._training.check_idle("step()")
         if closure is None:
@@ -243,6 +273,12 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 f"{self.method!r} does not scale with the gradients, so GradScaler would divide its step by "
                 "a scale that is not in it; use bfloat16 without a GradScaler, or another normalisation"
             )
+        if self.transform is not None and not getattr(self.transform, "scales_with_losses", False):
+            raise RuntimeError(
+                f"transform {self.transform!r} sees losses that GradScaler has scaled, and what it makes of them need "
+                "not scale along; use bfloat16 without a GradScaler, or leave transform= out and call backward() "
+                "with what it makes of the losses, scaled by scaler.scale()"
+            )
         return super()._step_supports_amp_scaling
 
     def state_dict(self) -> dict[str, Any]:
@@ -260,6 +296,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             "method": type(self.method).__name__,
             "config": self.method.config(),
             "state": self.method.state_dict(),
+            "transform": state_of(self.transform),
             "tasks": list(progress.tasks),
             "refresh": None if progress.reusable is None else progress.reusable.state_dict(),
         }
@@ -273,7 +310,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """Loads what `state_dict` returned; that of a plain optimizer is taken with a warning.
 
         Raises:
-            ValueError: saved with another method or other fixed tasks, or by a newer version, or of other
+            ValueError: saved with another method, transform or fixed tasks, or by a newer version, or of other
                 param groups; everything stays as it was.
         """
         self._training.check_idle("load_state_dict()")
@@ -290,15 +327,18 @@ class MultiTaskOptimizer(OptimizerWrapper):
             )
             self._load_state_dict_wrapped(state_dict)
         else:
-            check_saved(saved, _STATE_VERSION, self.options)
+            transform = state_of(self.transform)
+            check_saved(saved, _STATE_VERSION, self.options, transform)
             reusable = None if saved["refresh"] is None else self._reusable(saved["refresh"])
             tasks = tuple(saved["tasks"])
             before = self.method.state_dict()
-            self.method.load_state_dict(saved["state"])
             try:
+                self.method.load_state_dict(saved["state"])
+                restore(self.transform, saved.get("transform"))
                 self._load_state_dict_wrapped(state_dict)
             except BaseException:
                 self.method.load_state_dict(before)
+                restore(self.transform, transform)
                 raise
             self._training.progress.tasks = tasks
             self._training.progress.reusable = reusable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .capture import CAPTURES
 from .distributed.local import check_whole
+from .losses import LossCombination, SumOfTerms
 from .methods import Method, available
 from .methods.base import check_choice
 
@@ -33,8 +34,9 @@ class Options:
     head_scaling: str = "none"
     granularity: str = "model"
     capture: str = "harvest"
-    refresh_every: int = 1
+    refresh_every: int | None = None
     outside: str = "sum"
+    transform: Callable[[Any], Any] | None = None
     fixed_tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -47,7 +49,8 @@ class Options:
         check_choice(OWNER, "granularity", self.granularity, ("model", "group", "parameter"))
         check_choice(OWNER, "capture", self.capture, tuple(CAPTURES))
         check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
-        every = self.refresh_every
+        _check_transform(self.transform)
+        every = self.every
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"{OWNER}: expected refresh_every as an integer, found {every!r}")
         if every < 1:
@@ -57,6 +60,22 @@ class Options:
                 f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
                 'does not have; use granularity="model" or refresh_every=1'
             )
+        if every > 1 and self.method.num_batches > 1:
+            raise ValueError(
+                f"{OWNER}: refresh_every={every} is for steps of one batch between those that compute weights, and "
+                f"{type(self.method).__name__} takes {self.method.num_batches} in every step; use refresh_every=1"
+            )
+        if not self.method.weighs_rows and (every > 1 or self.head_scaling == "weights"):
+            found, default = (f"refresh_every={every}", 1) if every > 1 else ('head_scaling="weights"', '"none"')
+            raise ValueError(
+                f"{OWNER}: {found} multiplies losses or gradients by the weights of the rows of a step, of which the "
+                f"combination of {type(self.method).__name__} does not consist; leave it at {default}"
+            )
+
+    @property
+    def every(self) -> int:
+        """``refresh_every``, or the method's own."""
+        return self.method.refresh_every if self.refresh_every is None else self.refresh_every
 
     def __repr__(self) -> str:
         shown = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "fixed_tasks"]
@@ -102,8 +121,24 @@ def check_param_groups(groups: Iterable[Mapping[str, Any]]) -> None:
                 check_whole(param[1] if isinstance(param, tuple) else param)
 
 
-def check_saved(saved: Any, version: int, options: Options) -> None:
-    """Raise ValueError unless the ``"mtl"`` entry of a state dict fits; warn about options that differ."""
+def _check_transform(transform: object) -> None:
+    if transform is None:
+        return
+    if isinstance(transform, type) or not callable(transform):
+        raise TypeError(
+            f"{OWNER}: expected transform as an instance of a combination of mtl_optim.losses, such as LogSum(), or a "
+            f"function from the losses to as many losses, found {transform!r}"
+        )
+    if isinstance(transform, LossCombination) and not isinstance(transform, SumOfTerms):
+        raise TypeError(f"{OWNER}: {transform.coupling()}")
+
+
+def check_saved(saved: Any, version: int, options: Options, transform: Mapping[str, Any] | None) -> None:
+    """Raise ValueError unless the ``"mtl"`` entry of a state dict fits; warn about options that differ.
+
+    Args:
+        transform: what the entry would say of the transform now.
+    """
     if not isinstance(saved, dict) or saved.get("version") != version:
         raise ValueError('the "mtl" entry of this state dict is of an unknown version; update mtl-kernels')
     method = options.method
@@ -116,6 +151,12 @@ def check_saved(saved: Any, version: int, options: Options) -> None:
         raise ValueError(
             f"this state dict has the tasks {saved['tasks']}, this optimizer {list(options.fixed_tasks)}; build it "
             "with the same tasks in the same order"
+        )
+    types = [None if one is None else one["type"] for one in (saved.get("transform"), transform)]
+    if types[0] != types[1]:
+        raise ValueError(
+            f"this state dict was saved with transform {types[0]}, this optimizer uses {types[1]}; build it with the "
+            'same transform, or drop the "mtl" entry to load the optimizer\'s part alone'
         )
     if saved["config"] != method.config():
         warnings.warn(

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch._dynamo.testing
 from exact import DTYPES, Table, make_rows
 from placement import rng_state
 from torch import Tensor

@@ -153,7 +153,7 @@ def bad_weights() -> dict[str, tuple[object, type[Exception], str]]:
         "too many": (torch.ones(3), ValueError, r"expected weights of shape \[2\], found \[3\]"),
         "scalar": (torch.ones(()), ValueError, r"expected weights of shape \[2\], found \[\]"),
         "a column": (torch.ones(2, 1), ValueError, r"expected weights of shape \[2\], found \[2, 1\]"),
-        "elsewhere": (torch.ones(2, device="meta"), ValueError, f"weights are on meta, the rows on {HERE}; move"),
+        "elsewhere": (torch.ones(2, device="meta"), ValueError, f"found weights on meta, the rows on {HERE}; move"),
         "sparse": (torch.ones(2).to_sparse(), TypeError, "layout|sparse"),
     }
 

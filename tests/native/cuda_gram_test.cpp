@@ -448,7 +448,8 @@ void test_solver_of_many_groups(const SolverCase& solver, int K) {
   for (int group = 0; group < 5; ++group) {
     const double* gram = &result.gram[group * K * K];
     const Solution host = solve_on_host(solver, K, gram, nullptr, rng, group);
-    expect_same_solution(solver, K, gram, &result.weights[group * K], &result.certificate[group * 2], host);
+    expect_same_solution(solver, K, gram, &result.weights[group * K], &result.certificate[group * 2], nullptr,
+                         host);
   }
 }
 
@@ -489,7 +490,7 @@ void test_gram_solver() {
         if (static_cast<int>(behind.active.size()) > K) active += group * K;
         const Solution host = solve_on_host(solver, K, gram, active, rng, group);
         expect_same_solution(solver, K, gram, &result.weights[group * K], &result.certificate[group * 2],
-                             host);
+                             nullptr, host);
       }
     }
   }

@@ -51,9 +51,17 @@ void check(SolvePlans* plans, const SolverCase& solver, int K, std::int64_t batc
   arguments.options = solver.options;
   std::vector<double> weights(static_cast<std::size_t>(batch) * K),
       certificate(static_cast<std::size_t>(batch) * 2);
+  std::vector<double> inputs(static_cast<std::size_t>(K));
+  for (int k = 0; k < K; ++k) inputs[k] = input_of(k);
+  arguments.inputs = solver.has_inputs ? inputs.data() : nullptr;
+  const std::size_t kept = mtl::detail::find_solver(solver.name, mtl::AllSolvers{}).state_doubles(K);
+  std::vector<double> state;
+  arguments.state_doubles = static_cast<std::int64_t>(kept);
   std::vector<double> scratch(static_cast<std::size_t>(plans->scratch_doubles(0, arguments, batch)), NAN);
   std::vector<double> first;
   in_orders([&] {
+    state.assign(static_cast<std::size_t>(batch) * kept, 0.0);
+    arguments.state = state.data();
     weights.assign(weights.size(), NAN);
     certificate.assign(certificate.size(), NAN);
     arguments.weights = weights.data();
@@ -67,7 +75,8 @@ void check(SolvePlans* plans, const SolverCase& solver, int K, std::int64_t batc
     const unsigned char* mask = masks == 0 ? nullptr : active.data() + (masks == 2 ? b * K : 0);
     const double* gram = &grams[b * K * K];
     const Solution host = solve_on_host(solver, K, gram, mask, rng.data(), b);
-    expect_same_solution(solver, K, gram, &weights[b * K], &certificate[b * 2], host);
+    expect_same_solution(solver, K, gram, &weights[b * K], &certificate[b * 2],
+                         state.data() + static_cast<std::size_t>(b) * kept, host);
   }
 }
 
@@ -76,6 +85,8 @@ SolverArguments arguments_of(const SolverCase& solver, int K) {
   arguments.name = solver.name;
   arguments.num_tasks = K;
   arguments.options = solver.options;
+  arguments.state_doubles =
+      static_cast<std::int64_t>(mtl::detail::find_solver(solver.name, mtl::AllSolvers{}).state_doubles(K));
   return arguments;
 }
 
@@ -121,9 +132,23 @@ void test_plans_of_several_threads() {
 
 void test_solve() {
   set_device(1, 2);  // several problems a block
-  const SolverCase solvers[] = {{"pcgrad", {1, 1}},       {"pcgrad", {0, 0}},         {"min_norm", {0, 0, 0}},
-                                {"min_norm", {1, 50, 0}}, {"aligned_mtl", {1, 1e-9}}, {"config", {3, 0}},
-                                {"imtl_g", {0}}};
+  const SolverCase solvers[] = {{"pcgrad", {1, 1}},
+                                {"pcgrad", {0, 0}},
+                                {"min_norm", {0, 0, 0}},
+                                {"min_norm", {1, 50, 0}},
+                                {"upgrad", {1e-4}},
+                                {"dualproj", {1e-4}, true},
+                                {"pcd", {0.02, 0.999, 1e-8}},
+                                {"modo", {0.1, 0.1}},
+                                {"sdmgrad", {0.3, 10, 0.5, 20, 1}, true},
+                                {"krum", {1, 2}},
+                                {"aligned_mtl", {1, 1e-9}},
+                                {"config", {3, 0}},
+                                {"imtl_g", {0}},
+                                {"nash_mtl", {1, 0}},
+                                {"fairgrad", {2}},
+                                {"cagrad", {0.4, 0, 0}},
+                                {"random_weights", {0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
   for (const int room : {opt_in, 2 << 10}) {
     emulation::options().shared_bytes_opt_in = room;

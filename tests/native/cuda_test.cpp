@@ -45,9 +45,14 @@ void store(unsigned char* to, T x) {
 template <class Solver>
 Solution solve_by(const SolverCase& solver, mtl::Problem problem) {
   const auto K = static_cast<std::size_t>(problem.num_tasks);
-  Solution solution{std::vector<double>(K, NAN), std::vector<double>(2, NAN)};
+  Solution solution{std::vector<double>(K, NAN), std::vector<double>(2, NAN),
+                    std::vector<double>(Solver::state_doubles(problem.num_tasks), 0.0)};
+  std::vector<double> inputs(K);
+  for (std::size_t k = 0; k < K; ++k) inputs[k] = input_of(static_cast<int>(k));
   std::vector<double> scratch(Solver::scratch_doubles(problem.num_tasks), NAN);
   problem.options = solver.options.data();
+  problem.inputs = solver.has_inputs ? inputs.data() : nullptr;
+  problem.state = solution.state.data();
   problem.weights = solution.weights.data();
   problem.certificate = solution.certificate.data();
   problem.scratch = scratch.data();
@@ -56,11 +61,20 @@ Solution solve_by(const SolverCase& solver, mtl::Problem problem) {
 }
 
 template <class... Solvers>
-Solution solve_among(const SolverCase& solver, const mtl::Problem& problem, mtl::SolverList<Solvers...>) {
+Solution solve_by_name(const SolverCase& solver, const mtl::Problem& problem, mtl::SolverList<Solvers...>) {
   Solution found;
-  ((Solvers::name == std::string(solver.name) ? void(found = solve_by<Solvers>(solver, problem)) : void()),
+  ((std::string(Solvers::name) == solver.name ? void(found = solve_by<Solvers>(solver, problem)) : void()),
    ...);
   return found;
+}
+
+// Whether two vectors of weights, or states, differ by little more than rounding.
+bool close(const double* a, const double* b, std::size_t size) {
+  double largest = 0;
+  for (std::size_t n = 0; n < size; ++n) largest = std::max(largest, std::fabs(b[n]));
+  for (std::size_t n = 0; n < size; ++n)
+    if (!(std::fabs(a[n] - b[n]) <= 1e-7 * largest)) return false;
+  return true;
 }
 
 double squared_norm(int num_tasks, const double* gram, const double* weights) {
@@ -250,11 +264,11 @@ Solution solve_on_host(const SolverCase& solver, int num_tasks, const double* gr
   problem.active = active;
   problem.rng = rng;
   problem.index = index;
-  return solve_among(solver, problem, mtl::AllSolvers{});
+  return solve_by_name(solver, problem, mtl::AllSolvers{});
 }
 
 void expect_same_solution(const SolverCase& solver, int num_tasks, const double* gram, const double* weights,
-                          const double* certificate, const Solution& host) {
+                          const double* certificate, const double* state, const Solution& host) {
   const double *by_host = host.weights.data(), *of_host = host.certificate.data();
   if (solver.name != std::string(mtl::MinNorm::name) || std::isnan(of_host[0])) {
     expect(std::memcmp(weights, by_host, host.weights.size() * sizeof(double)) == 0,
@@ -263,6 +277,20 @@ void expect_same_solution(const SolverCase& solver, int num_tasks, const double*
         std::isnan(of_host[0]) ? std::isnan(certificate[0]) : std::fabs(certificate[0] - of_host[0]) < 1e-15,
         "the gap of the host");
     expect(certificate[1] == of_host[1], "the iterations of the host");
+    return;
+  }
+  expect(close(state, host.state.data(), host.state.size()), "the state of the host");
+  if (solver.name != std::string(mtl::MinNorm::name)) {
+    std::vector<double> off(host.weights);
+    double longest = 0;
+    for (int k = 0; k < num_tasks; ++k) {
+      longest = std::max(longest, std::fabs(by_host[k]) * std::sqrt(gram[k * num_tasks + k]));
+      off[k] -= weights[k];
+    }
+    // Of dependent rows other weights may be as right.
+    expect(std::sqrt(std::max(squared_norm(num_tasks, gram, off.data()), 0.0)) <= 1e-6 * longest,
+           "the direction of the host");
+    expect(certificate[0] <= of_host[0] + 1e-9, "the residual");
     return;
   }
   double total = 0, largest = 0;

@@ -126,17 +126,20 @@ class Table {
 struct SolverCase {
   const char* name;
   std::vector<double> options;
+  bool has_inputs = false;  // of each task; see input_of
 };
 
-// What the solver headers answer on the host: weights and certificate.
+inline double input_of(int task) { return 0.25 + task % 4; }
+
+// What the solver headers answer on the host, from a state of zeros.
 struct Solution {
-  std::vector<double> weights, certificate;
+  std::vector<double> weights, certificate, state;
 };
 Solution solve_on_host(const SolverCase& solver, int num_tasks, const double* gram,
                        const unsigned char* active, const std::int64_t* rng, std::int64_t index);
-// The same bits; but min_norm adds up in another order: the same least norm.
+// pcgrad: the same bits. The others add up in another order: the same least norm, or the same direction.
 void expect_same_solution(const SolverCase& solver, int num_tasks, const double* gram, const double* weights,
-                          const double* certificate, const Solution& host);
+                          const double* certificate, const double* state, const Solution& host);
 
 // The groups of cases; each is an argument of the program.
 void test_plan();

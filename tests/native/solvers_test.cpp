@@ -24,6 +24,7 @@ struct Result {
   std::vector<double> weights;
   double gap;
   int iterations;
+  std::vector<double> state;
 };
 
 int failures = 0;
@@ -103,6 +104,7 @@ class ThreadTeam {
   int lane() const { return 0; }
   double from_lane(double x, int) const { return x; }
   unsigned least(unsigned x) const { return x; }
+  mtl::SerialTeam as_team() const { return {}; }
 
  private:
   std::vector<mtl::IndexedValue> exchange(mtl::IndexedValue mine) const {
@@ -121,11 +123,12 @@ class ThreadTeam {
 template <class Solver>
 Result solve(const std::vector<double>& gram, const std::vector<double>& options,
              const std::vector<unsigned char>& active = {}, const std::int64_t* rng = nullptr,
-             std::int64_t index = 0, int threads = 1) {
+             std::int64_t index = 0, int threads = 1, const std::vector<double>& state = {}) {
   const int k = static_cast<int>(std::lround(std::sqrt(static_cast<double>(gram.size()))));
   std::vector<double> scratch(Solver::scratch_doubles(k), std::numeric_limits<double>::quiet_NaN());
   std::vector<double> certificate(2);
-  Result result{std::vector<double>(static_cast<std::size_t>(k), -1.0), 0.0, 0};
+  Result result{std::vector<double>(static_cast<std::size_t>(k), -1.0), 0.0, 0, state};
+  result.state.resize(Solver::state_doubles(k));
   mtl::Problem p{};
   p.num_tasks = k;
   p.gram = gram.data();
@@ -133,6 +136,7 @@ Result solve(const std::vector<double>& gram, const std::vector<double>& options
   p.rng = rng;
   p.index = index;
   p.options = options.data();
+  p.state = result.state.data();
   p.weights = result.weights.data();
   p.certificate = certificate.data();
   p.scratch = scratch.data();
@@ -498,6 +502,220 @@ void test_pcgrad() {
   CHECK(128 * found.weights[0] > 1.0 && 128 * found.weights[127] > 1.0, "K = 128: %g", found.weights[0]);
 }
 
+// The nearest point of the simplex by its definition: x minus what makes the positive part add up to 1.
+std::vector<double> project(std::vector<double> x) {
+  long double low = *std::max_element(x.begin(), x.end()) - 1.0L, high = low + 1;
+  for (int halving = 0; halving < 200; ++halving) {
+    const long double middle = (low + high) / 2;
+    long double total = 0;
+    for (double value : x) total += std::max(value - middle, 0.0L);
+    (total > 1 ? low : high) = middle;
+  }
+  for (double& value : x) value = static_cast<double>(std::max(value - high, 0.0L));
+  return x;
+}
+
+void test_stochastic() {
+  std::mt19937 engine(19);
+  const std::vector<double> published{0.3, 10, 0.5, 20, 1};
+  for (int trial = 0; trial < 300; ++trial) {
+    const std::size_t k = trial % 50 == 0 ? 128 : 1 + engine() % 12;
+    const Matrix first = random_rows(engine, k, 1 + engine() % (2 * k), static_cast<int>(engine() % 4));
+    Matrix rows = first;
+    for (const std::vector<double>& row : random_rows(engine, k, first[0].size(), 0)) rows.push_back(row);
+    const std::vector<double> both = gram_of(rows);
+    std::vector<double> products(k * k);
+    for (std::size_t i = 0; i < k; ++i)
+      for (std::size_t j = 0; j < k; ++j)
+        products[i * k + j] = both[i * 2 * k + j] + both[i * 2 * k + k + j];  // not symmetric
+    std::vector<double> w(k, 1.0 / static_cast<double>(k)), x(k);
+    std::vector<double> state;
+    for (int step = 0; step < 3; ++step) {
+      const Result found = solve<mtl::Modo>(products, {0.1, 0.2}, {}, nullptr, 0, 1, state);
+      double longest = 1;
+      for (std::size_t i = 0; i < k; ++i) {
+        long double product = 0;
+        for (std::size_t j = 0; j < k; ++j) product += static_cast<long double>(products[i * k + j]) * w[j];
+        x[i] = static_cast<double>(w[i] - 0.1L * (product + 0.2L * w[i]));
+        longest = std::max(longest, std::fabs(x[i]));
+      }
+      const std::vector<double> expected = project(x);
+      for (std::size_t i = 0; i < k; ++i) {
+        CHECK(std::fabs(found.weights[i] - expected[i]) <= 1e-14 * longest, "trial %d K %zu: %g, expected %g",
+              trial, k, found.weights[i], expected[i]);
+        CHECK(found.state[i] == found.weights[i], "trial %d: the state is the weights", trial);
+      }
+      w = state = found.state;
+    }
+    std::vector<unsigned char> active(k, 1);
+    if (trial % 3 == 0) active[engine() % k] = 0;
+    const Result alone = solve<mtl::Sdmgrad>(products, published, active, nullptr, 0, 1, state);
+    double total = 0, kept = 0;
+    for (std::size_t i = 0; i < k; ++i) {
+      CHECK(alone.weights[i] >= 0 && (active[i] != 0 || alone.weights[i] == 0), "trial %d", trial);
+      CHECK(active[i] != 0 || alone.state[i] == state[i], "trial %d: a task that is away", trial);
+      total += alone.weights[i];
+      kept += alone.state[i];
+    }
+    if (std::count(active.begin(), active.end(), 1) == 0) continue;
+    CHECK(std::fabs(total - 1) < 1e-13, "trial %d: weights sum to %.17g", trial, total);
+    CHECK(kept > 0.99, "trial %d: the state sums to %.17g", trial, kept);
+    if (trial % 5 != 0) continue;
+    // Long steps carry a difference of one bit through the whole simplex.
+    const Result team = solve<mtl::Sdmgrad>(products, published, active, nullptr, 0, 2 + trial % 4, state);
+    CHECK(team.weights == alone.weights && team.state == alone.state, "trial %d: other bits from a team",
+          trial);
+  }
+}
+
+// A factor that a row is taken out of is that of the matrix without it.
+void test_removal() {
+  std::mt19937 engine(23);
+  for (int trial = 0; trial < 300; ++trial) {
+    const int n = 1 + static_cast<int>(engine() % 12);
+    const int gone = static_cast<int>(engine() % 12) % n;
+    const std::vector<double> gram =
+        gram_of(random_rows(engine, static_cast<std::size_t>(n), static_cast<std::size_t>(2 * n), 0));
+    std::vector<double> whole(mtl::PackedCholesky::doubles(n)), column(static_cast<std::size_t>(n));
+    const mtl::PackedCholesky factor{whole.data(), n};
+    for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < j; ++i)
+        column[static_cast<std::size_t>(i)] = gram[static_cast<std::size_t>(i * n + j)];
+      factor.append(mtl::SerialTeam{}, j, column.data(), gram[static_cast<std::size_t>(j * n + j)], 0.0);
+    }
+    factor.remove(mtl::SerialTeam{}, n, gone, column.data());
+    for (int i = 0; i < n - 1; ++i) {
+      for (int j = i; j < n - 1; ++j) {
+        double product = 0;
+        for (int k = 0; k <= i; ++k) product += factor.at(k)[i] * factor.at(k)[j];
+        const double expected = gram[static_cast<std::size_t>((i + (i >= gone)) * n + j + (j >= gone))];
+        CHECK(std::fabs(product - expected) < 1e-12, "trial %d: (%d, %d) of %d without %d: %g, expected %g",
+              trial, i, j, n, gone, product, expected);
+      }
+    }
+  }
+}
+
+// How far DualProj's conditions are from being met, from the matrix as it is; no lower than the rounding of
+// w.
+long double dual_cone_violation(const std::vector<double>& gram, const std::vector<double>& w, double pref,
+                                double reg) {
+  const std::size_t k = w.size();
+  long double trace = 0, unit = 0, longest = 0, worst = 0;
+  for (std::size_t i = 0; i < k; ++i) trace += gram[i * k + i];
+  const auto norm = [&](std::size_t i) { return std::sqrt(gram[i * k + i] + reg * trace); };
+  for (std::size_t i = 0; i < k; ++i) {
+    if (gram[i * k + i] > 0) unit += pref * norm(i), longest += w[i] * norm(i);
+  }
+  if (unit == 0) return 0;
+  for (std::size_t i = 0; i < k; ++i) {
+    if (!(gram[i * k + i] > 0)) continue;
+    long double product = reg * trace * w[i];
+    for (std::size_t j = 0; j < k; ++j) product += static_cast<long double>(gram[i * k + j]) * w[j];
+    product /= norm(i);
+    worst = std::max(worst, w[i] > pref * (1 + 1e-15) ? std::fabs(product) : -product);
+  }
+  return worst / longest;
+}
+
+void test_dual_cone() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 60 + engine() % 69 : 1 + engine() % 12;
+    const int kind = static_cast<int>(engine() % 7);
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), kind);
+    const std::vector<double> gram = gram_of(rows);
+    const double reg = trial % 2 == 0 ? 0 : 1e-4;
+    const Result found = solve<mtl::Dualproj>(gram, {reg});
+    for (double w : found.weights) CHECK(w >= 1.0 / k, "trial %d: a weight of %g", trial, w);
+    const long double violation = dual_cone_violation(gram, found.weights, 1.0 / k, reg);
+    CHECK(violation <= 1e-15L * k, "trial %d kind %d K %zu reg %g: %Lg", trial, kind, k, reg, violation);
+    CHECK(found.iterations <= static_cast<int>(2 * k), "trial %d: %d iterations", trial, found.iterations);
+    if (k > 12) continue;
+    const Result sum = solve<mtl::Upgrad>(gram, {1e-4});
+    CHECK(sum.gap <= 1e-14 * k, "trial %d kind %d K %zu: gap %g", trial, kind, k, sum.gap);
+  }
+}
+
+// The conditions of PCD in its first step, where all a_k are unit rows: with w_1 = c / n_1, (Gw)_j / n_j is
+// at least c tau, and that where w_j > 0. Or 0 in the hull of the others.
+void test_pcd() {
+  std::mt19937 engine(31);
+  int alone = 0;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 60 + engine() % 69 : 1 + engine() % 12;
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), trial % 2 == 0 ? 0 : 2);
+    const std::vector<double> gram = gram_of(rows);
+    const Result found = solve<mtl::Pcd>(gram, {0.1, 0.9, 0.0});
+    if (found.weights[0] == 1 && std::count(found.weights.begin() + 1, found.weights.end(), 0.0) + 1 ==
+                                     static_cast<std::ptrdiff_t>(k)) {
+      ++alone;
+      CHECK(found.gap <= 1e-14 * k, "trial %d K %zu: %g", trial, k, found.gap);
+      continue;
+    }
+    long double longest = 0, square = 0;
+    for (std::size_t i = 0; i < k; ++i) longest += found.weights[i] * std::sqrt(gram[i * k + i]);
+    const long double c = found.weights[0] * std::sqrt(gram[0]);
+    for (std::size_t i = 0; i < k; ++i) {
+      long double product = 0;
+      for (std::size_t j = 0; j < k; ++j)
+        product += static_cast<long double>(gram[i * k + j]) * found.weights[j];
+      square += found.weights[i] * product;
+      const long double over = product / std::sqrt(gram[i * k + i]) - 0.1L * c;
+      CHECK(i == 0 || (found.weights[i] > 0 ? std::fabs(over) : -over) <= 1e-15L * k * longest,
+            "trial %d K %zu: condition %zu off by %Lg of %Lg", trial, k, i, over, longest);
+    }
+    CHECK(std::fabs(square - gram[0]) <= 1e-14L * k * longest * longest, "trial %d: length %Lg", trial,
+          square);
+  }
+  CHECK(alone > 300 && alone < 2000, "%d without an answer", alone);
+}
+
+template <class Solver>
+void check_degenerate_cones(double reg) {
+  const char* name = Solver::name;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Result r = solve<Solver>({4.0}, {reg});
+  CHECK(r.weights[0] == 1 && r.gap == 0, "%s: K = 1", name);
+  r = solve<Solver>({0, 0, 0, 0}, {reg});
+  CHECK(r.weights[0] == 0.5 && r.weights[1] == 0.5 && r.gap == 0, "%s: no rows", name);
+  r = solve<Solver>({1, -1, -1, 1}, {reg});
+  CHECK(std::fabs(r.weights[0] - r.weights[1]) < 1e-10, "%s: opposite", name);
+  r = solve<Solver>({1e300, -1e300, -1e300, 2e300}, {reg});
+  CHECK(r.weights[0] >= 0.5 && r.gap < 1e-15, "%s: large", name);
+  r = solve<Solver>({5e-324, 0, 0, 5e-324}, {reg});
+  CHECK(r.weights[0] == 0.5 && r.gap < 1e-15, "%s: subnormal", name);
+  r = solve<Solver>({1, nan, nan, 1}, {reg});
+  CHECK(r.weights[0] == 0.5 && std::isnan(r.gap), "%s: nan", name);
+  r = solve<Solver>({nan, nan, nan, 1}, {reg}, {0, 1});
+  CHECK(r.weights[0] == 0 && r.weights[1] == 1 && r.gap == 0, "%s: nan in an inactive row", name);
+  r = solve<Solver>({1, 2, 2, 1}, {reg});
+  CHECK(r.weights[0] == 0.5, "%s: an indefinite matrix", name);
+  r = solve<Solver>({1, -2, -2, 1}, {reg});
+  CHECK(std::isfinite(r.weights[0]), "%s: an indefinite matrix", name);
+  r = solve<Solver>({-1, -3, -3, 1}, {reg});
+  CHECK(std::isfinite(r.weights[0]), "%s: a negative diagonal", name);
+}
+
+void test_dual_cone_degenerate() {
+  for (double reg : {0.0, 1e-4}) {
+    check_degenerate_cones<mtl::Upgrad>(reg);
+    check_degenerate_cones<mtl::Dualproj>(reg);
+  }
+}
+
+// Weights that are unique, of one thread and of a few.
+template <class Solver>
+void check_team(const std::vector<double>& gram, const std::vector<double>& options,
+                const std::vector<unsigned char>& active, int threads) {
+  const Result alone = solve<Solver>(gram, options, active);
+  const Result together = solve<Solver>(gram, options, active, nullptr, 0, threads);
+  for (std::size_t i = 0; i < alone.weights.size(); ++i) {
+    const double off = alone.weights[i] - together.weights[i];
+    CHECK(std::fabs(off) <= 1e-9 * (1 + alone.weights[i]), "%s: %d threads: %g", Solver::name, threads, off);
+  }
+}
+
 // V S V' is A and V'V = 1, as far as the rounding of the rotations allows. Rows of graded lengths have small
 // eigenvalues that are far below the rounding of the large ones, and as accurate: their inverse adds up the
 // lengths.
@@ -645,6 +863,10 @@ void test_teams() {
     check_spectral_team<mtl::AlignedMtl>(gram, {static_cast<double>(trial % 3), 0.0}, active, threads);
     check_spectral_team<mtl::Config>(gram, {static_cast<double>(trial % 6), 0.0}, active, threads);
     check_spectral_team<mtl::ImtlG>(gram, {0.0}, active, threads);
+    if (kind == 4) continue;  // all but singular: a matter of rounding
+    check_team<mtl::Upgrad>(gram, {1e-4}, active, threads);
+    check_team<mtl::Dualproj>(gram, {1e-4}, active, threads);
+    check_team<mtl::Pcd>(gram, {0.1, 0.9, 0.0}, active, threads);
   }
 }
 
@@ -661,6 +883,11 @@ int main() {
   test_jacobi();
   test_jacobi_on_graded_rows();
   test_spectral_weights();
+  test_stochastic();
+  test_removal();
+  test_dual_cone();
+  test_pcd();
+  test_dual_cone_degenerate();
   test_teams();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

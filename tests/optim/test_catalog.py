@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 
-from mtl_optim import Constant, PCGrad, catalog, cli, get_method, list_methods, methods
+from mtl_optim import (
+    Constant,
+    PCGrad,
+    catalog,
+    cli,
+    get_loss,
+    get_method,
+    list_losses,
+    list_methods,
+    losses,
+    methods,
+)
 
 
 def test_list_is_every_method() -> None:
@@ -56,6 +68,61 @@ def test_what_is_refused(name: str, options: dict[str, object], error: type[Exce
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"name +class +needs", lines[0]) and len(lines) == 1 + len(methods.available())
-    assert [line.split()[0] for line in lines[1:]] == methods.available()
+    end = lines.index("")
+    assert re.match(r"name +class +needs", lines[1])
+    assert [line.split()[0] for line in lines[2:end]] == methods.available()
     assert any("Constant(weights)" in line for line in lines)
+    assert re.match(r"name +class +value", lines[end + 2])
+    assert [line.split()[0] for line in lines[end + 3 :]] == losses.available()
+    assert [line.split()[-1] for line in lines[end + 3 :] if line.startswith(("logsum", "stch"))] == ["yes", "no"]
+
+
+def test_list_is_every_combination_of_losses() -> None:
+    infos = list_losses()
+    public = [getattr(losses, name) for name in losses.__all__ if isinstance(getattr(losses, name), type)]
+    abstract = (losses.LossCombination, losses.SumOfTerms, losses.WeightedLosses, losses.LossAbout)
+    assert {info.cls for info in infos} == {cls for cls in public if cls not in abstract}
+    for info in infos:
+        assert info.cls is losses.get(info.name) and all(len(text) > 3 for text in info[2:5])
+        assert info.has_terms == issubclass(info.cls, losses.SumOfTerms)
+
+
+def test_losses_by_name() -> None:
+    found = get_loss("Uncertainty_Weighting", tasks=["depth", "pose"])
+    assert isinstance(found, losses.UncertaintyWeighting) and found.tasks == ("depth", "pose")
+    assert isinstance(get_loss("log-sum"), losses.LogSum)
+
+
+@pytest.mark.parametrize("alias", catalog.LOSS_ALIASES)
+def test_names_of_losses_elsewhere(alias: str) -> None:
+    assert alias == catalog._plain(alias) and alias not in losses.available()
+    assert alias not in [*methods.available(), *catalog.ALIASES]
+    cls = losses.get(catalog.LOSS_ALIASES[alias])
+    assert type(get_loss(alias.upper(), tasks=2)) is cls
+    with pytest.raises(ValueError, match=f"no method but .*losses.{cls.__name__}: get_loss"):
+        get_method(alias)
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "text"),
+    [
+        (get_method, "GradNorm", r"losses.GradNorm: .*transform=GradNorm\(...\)"),
+        (get_method, "geometric_mean", r"losses.GeometricMean: get_loss\('geometric_mean', ...\) makes one.*value$"),
+        (get_method, "IMTL", "two parts here: the method IMTLG .* losses.IMTLL"),
+        (get_loss, "imtl", "two parts here"),
+        (get_loss, "EW", r"'EW' is a method, .*get_method\('EW', ...\)"),
+        (get_loss, "mgda", "is a method"),
+        (get_loss, "logsun", "unknown combination of losses 'logsun'; did you mean logsum"),
+        (get_loss, None, "expected the name of a combination of losses, found None"),
+    ],
+)
+def test_the_other_kind_is_pointed_to(call: Callable[[object], object], name: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        call(name)
+
+
+def test_options_of_losses_are_checked() -> None:
+    with pytest.raises(TypeError, match=r"GradNorm has no option 'lrr'; .* did you mean lr\?"):
+        get_loss("gradnorm", tasks=2, lrr=1)
+    with pytest.raises(TypeError, match=r"FAMO needs tasks: get_loss\('famo', tasks=...\)"):
+        get_loss("famo")

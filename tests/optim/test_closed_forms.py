@@ -508,5 +508,5 @@ def test_bad_gram(build: Callable[[], methods.Method]) -> None:
         build().weights(mk.gram(MATRIX), active=torch.ones(5))
     with pytest.raises(ValueError, match=r"\[5\]"):
         build().weights(mk.gram(MATRIX), active=torch.ones(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="found it on meta"):
+    with pytest.raises(ValueError, match="on meta"):
         build().weights(mk.gram(MATRIX), active=torch.ones(5, dtype=torch.bool, device="meta"))

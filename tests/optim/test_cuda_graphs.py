@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import mtl_kernels as mk
-from mtl_optim import MGDA, Constant, Mean, MultiTaskOptimizer, PCGrad
+from mtl_optim import (
+    DBMTL,
+    MGDA,
+    Constant,
+    ExcessMTL,
+    GradDrop,
+    Mean,
+    MoCo,
+    MultiTaskOptimizer,
+    PCGrad,
+    TrimmedMean,
+)
 from optim.oracle import TwoHeads
 from optim.recording import record, warm_up
 
@@ -71,7 +82,9 @@ class Trainer:
 
     def outcome(self) -> dict[str, Tensor]:
         report = self.opt.report
-        found = {"gram": report.gram, "weights": report.weights, "active": report.active, **self.opt.method.state}
+        found = {"gram": report.gram, "active": report.active, **self.opt.method.state}
+        if report.weights is not None:
+            found["weights of the report"] = report.weights
         for name, param in self.model.named_parameters():
             found[name] = param.detach()
             if param.grad is not None:
@@ -91,6 +104,11 @@ class Trainer:
         (PCGrad(reduction="mean"), {"granularity": "parameter", "head_scaling": "weights"}),
         (MGDA(normalize="loss+"), {"granularity": "group", "plain": True}),
         (Constant([1.0, 0.5, 2.0]), {"head_scaling": "weights"}),
+        (GradDrop(leak=[0.0, 0.5, 1.0]), {"plain": True}),
+        (TrimmedMean(1), {"tasks": ["0", "1", "2", "x"]}),
+        (ExcessMTL(0.1, warmup=4), {"how": "micro-batches", "head_scaling": "weights"}),
+        (MoCo(state_dtype=torch.float64), {"granularity": "group"}),
+        (DBMTL(), {"how": "blocks", "tasks": ["x", "0", "1", "2"]}),
     ],
     ids=lambda value: repr(value)[:40],
 )

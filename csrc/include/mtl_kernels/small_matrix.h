@@ -71,6 +71,51 @@ struct PackedCholesky {
     return pivot;
   }
 
+  // Removes row/column `place` of n, by rotations of the rows behind it. `carry` is scratch for n doubles.
+  template <class Team>
+  MTL_HD void remove(const Team& team, int n, int place, double* carry) const {
+    for (int i = place + team.rank(); i < n - 1; i += team.size()) carry[i] = at(place)[i + 1];
+    for (int k = team.rank(); k < place; k += team.size()) {
+      for (int i = place; i < n - 1; ++i) at(k)[i] = at(k)[i + 1];
+    }
+    team.sync();
+    for (int k = place; k < n - 1; ++k) {
+      const double* below = at(k + 1) + 1;  // below[i] is in column i once `place` is gone
+      const double x = carry[k];
+      const double y = below[k];
+      const double length = hypot(x, y);
+      const double cosine = length > 0.0 ? x / length : 1.0;
+      const double sine = length > 0.0 ? y / length : 0.0;
+      team.sync();
+      for (int i = k + team.rank(); i < n - 1; i += team.size()) {
+        const double upper = carry[i];
+        const double lower = below[i];
+        at(k)[i] = cosine * upper + sine * lower;
+        carry[i] = cosine * lower - sine * upper;
+      }
+      team.sync();
+    }
+  }
+
+  // Factors the n x n matrix whose upper triangle is in place: row k at at(k). Pivots below `floor` count as
+  // it.
+  template <class Team>
+  MTL_HD void factor(const Team& team, int n, double floor) const {
+    for (int k = 0; k < n; ++k) {
+      double* row = at(k);
+      const double root = sqrt(row[k] > floor ? row[k] : floor);
+      team.sync();
+      for (int i = k + team.rank(); i < n; i += team.size()) row[i] = i == k ? root : row[i] / root;
+      team.sync();
+      for (int i = k + 1 + team.squad(); i < n; i += team.num_squads()) {
+        double* below = at(i);
+        const double factor = row[i];
+        for (int j = i + team.lane(); j < n; j += Team::kLanes) below[j] -= factor * row[j];
+      }
+      team.sync();
+    }
+  }
+
   // x <- U'^-1 x over the leading n x n block.
   template <class Team>
   MTL_HD void forward_substitute(const Team& team, int n, double* x) const {

@@ -6,6 +6,7 @@
 //   static constexpr bool independent_rows;  whether it deals rows to squads, so that a larger team is faster
 //   MTL_HD static bool needs_rng(const double* options);
 //   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks);
+//   MTL_HD static constexpr std::size_t state_doubles(int num_tasks);  kept between steps; 0: nothing
 //   template <class Team> MTL_HD static void solve(const Team& team, const Problem& problem);
 // in its own header under solvers/, listed in solvers/all.h.
 
@@ -21,15 +22,16 @@ namespace mtl {
 // One K x K problem; every pointer is host or device memory alike.
 struct Problem {
   int num_tasks;                // K, 1..kMaxTasks
-  const double* gram;           // K*K row-major, symmetric
+  const double* gram;           // K*K row-major, symmetric but for solvers that say otherwise
   const unsigned char* active;  // K bools or nullptr = all active
   const std::int64_t* rng;      // {seed, step} or nullptr
   std::int64_t index;           // position in the batch
   const double* options;        // hyper-parameters, in the order the solver header documents
   const double* inputs;         // per-task extra inputs [K] (losses, preference...) or nullptr
-  double* weights;              // K, out
-  double* certificate;          // {gap or residual, iterations}, out
-  double* scratch;              // Solver::scratch_doubles(K) doubles
+  double* state;        // Solver::state_doubles(K) doubles, in and out; left alone where `begin` settles
+  double* weights;      // K, out
+  double* certificate;  // {gap or residual, iterations}, out
+  double* scratch;      // Solver::scratch_doubles(K) doubles
 
   MTL_HD bool is_active(int task) const { return active == nullptr || active[task] != 0; }
   MTL_HD const double* row(int task) const { return gram + static_cast<std::ptrdiff_t>(task) * num_tasks; }

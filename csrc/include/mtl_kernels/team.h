@@ -5,23 +5,12 @@
 // order; a collective is a barrier as well.
 //
 // Work on rows that do not depend on each other is dealt to squads instead. The kLanes lanes of a squad go in
-// lockstep, and lane l keeps the l-th of kLanes equal parts of a row. What they exchange is no barrier.
+// lockstep, and lane l keeps the l-th of kLanes equal parts of a row. What they exchange is no barrier. Or a
+// squad works as a team of its own, `as_team`.
 
 #include <math.h>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define MTL_HD __host__ __device__ inline
-#else
-#define MTL_HD inline
-#endif
-
-// For loops that are not worth the registers of several rounds at once: every kernel with a solver behind it
-// has as many as the solver needs.
-#if defined(__CUDACC__)
-#define MTL_NO_UNROLL _Pragma("unroll 1")
-#else
-#define MTL_NO_UNROLL
-#endif
+#include "mtl_kernels/qualifiers.h"
 
 namespace mtl {
 
@@ -63,6 +52,7 @@ struct SerialTeam {
   MTL_HD int lane() const { return 0; }
   MTL_HD double from_lane(double x, int) const { return x; }
   MTL_HD unsigned least(unsigned x) const { return x; }  // of the squad
+  MTL_HD SerialTeam as_team() const { return {}; }       // the squad
 };
 
 }  // namespace mtl

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..cuda_graphs import capturing, refuse_capture
-from .grads import Row, is_plain, put_grads, same_tensors, take_grads
+from .grads import Row, RowKey, is_plain, put_grads, same_tensors, take_grads
 
 _ALIGNMENT = 256
 """Bytes that every row, and every parameter in it, starts at a multiple of: enough for any vector load."""
@@ -33,7 +33,7 @@ class Arena:
     def __init__(self) -> None:
         self._layout: list[tuple[Any, ...]] = []
         self._params: list[Tensor] = []
-        self._rows: dict[str, list[Tensor]] = {}
+        self._rows: dict[RowKey, list[Tensor]] = {}
         self._buffers: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
         self._open: dict[int, Tensor] | None = None
@@ -41,7 +41,7 @@ class Arena:
         self._kept: list[Tensor] = []
         weakref.finalize(self, _remove, self._hooks)
 
-    def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
+    def prepare(self, tasks: Sequence[RowKey], params: Sequence[Tensor]) -> None:
         """Makes room for a row per task, and moves gradients of an earlier step out of the way.
 
         Raises:
@@ -58,7 +58,7 @@ class Arena:
             self._rows.update(zip(new, self._allocate(len(new)), strict=True))
         self._rescue(params)
 
-    def open(self, task: str, params: Sequence[Tensor], previous: Row | None) -> None:
+    def open(self, task: RowKey, params: Sequence[Tensor], previous: Row | None) -> None:
         if previous is not None:
             put_grads(params, previous)
         self._open = {id(param): view for param, view in zip(params, self._rows[task], strict=True)}
@@ -82,7 +82,7 @@ class Arena:
             row[p] = places[id(param)].copy_(grad.detach())
         return row
 
-    def check(self, rows: Mapping[str, Row]) -> None:
+    def check(self, rows: Mapping[RowKey, Row]) -> None:
         """Nothing to do: nobody else has this memory."""
 
     def close(self) -> bool:
@@ -171,5 +171,5 @@ def _kind(tensor: Tensor) -> str:
     return f"a {type(tensor).__name__} with layout {str(tensor.layout).removeprefix('torch.')}"
 
 
-def _listed(tasks: Sequence[str]) -> str:
+def _listed(tasks: Sequence[RowKey]) -> str:
     return ", ".join(f"task {task!r}" for task in tasks)

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Row = list[Tensor | None]
 """The gradient of one task: one tensor per managed parameter, None where the task does not reach it."""
+
+
+class BatchOfTask(NamedTuple):
+    """What a row goes by where a step takes several independent batches of every task."""
+
+    task: str
+    batch: int
+
+    def __repr__(self) -> str:
+        return f"{self.task!r} (batch {self.batch})"
+
+
+RowKey = str | BatchOfTask
+"""What a row goes by; the name of its task where a step takes one batch."""
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -67,8 +82,9 @@ class Isolation:
         put_grads(self._managed, self._managed_grads)
         put_grads(self._others, self._other_grads)
 
-    def finish(self) -> None:
-        """Puts the managed gradients back; the others keep what autograd has added to them."""
+    def finish(self, keep_others: bool = False) -> None:
+        """Puts the managed gradients back; the others keep what autograd has added, unless they too are kept."""
         added = take_grads(self._others)
         self.undo()
-        add_grads(self._others, added)
+        if not keep_others:
+            add_grads(self._others, added)

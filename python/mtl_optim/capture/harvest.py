@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .grads import Row, is_plain, put_grads, take_grads
+from .grads import Row, RowKey, is_plain, put_grads, take_grads
 
 _ByStorage = dict[int, list[Tensor]]
 """Tensors by the address of their storage: only those in one storage can overlap."""
@@ -25,20 +25,20 @@ class Harvest:
 
     def __init__(self) -> None:
         self._taken: _ByStorage = {}
-        self._versions: dict[str, list[int]] = {}
-        self._before: tuple[_ByStorage, dict[str, list[int]]] = ({}, {})
-        self._task = ""
+        self._versions: dict[RowKey, list[int]] = {}
+        self._before: tuple[_ByStorage, dict[RowKey, list[int]]] = ({}, {})
+        self._task: RowKey = ""
         self._overwritten: list[Tensor] = []
         self._visible: dict[int, list[tuple[int, int]]] = {}
         self._warned_sparse = False
 
-    def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
+    def prepare(self, tasks: Sequence[RowKey], params: Sequence[Tensor]) -> None:
         """Notes where the gradients of earlier steps lie; autograd brings the memory for new ones."""
         self._before = (self._taken.copy(), self._versions.copy())
         grads = _by_storage(param.grad for param in params)
         self._visible = {storage: [_span(grad) for grad in found] for storage, found in grads.items()}
 
-    def open(self, task: str, params: Sequence[Tensor], previous: Row | None) -> None:
+    def open(self, task: RowKey, params: Sequence[Tensor], previous: Row | None) -> None:
         self._task = task
         if previous is not None:
             self.check({task: previous})
@@ -89,7 +89,7 @@ class Harvest:
         self._versions[self._task] = _versions(row)
         return row
 
-    def check(self, rows: Mapping[str, Row]) -> None:
+    def check(self, rows: Mapping[RowKey, Row]) -> None:
         """Raise RuntimeError if a row was changed in place since it was taken.
 
         Where it is unknown which tensors outside the optimizer a loss reaches, one of their gradients may share the

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .grads import Row
+from .grads import Row, RowKey
 
 
 class Capture(Protocol):
@@ -17,16 +17,16 @@ class Capture(Protocol):
     again in the same step: autograd then adds to its tensors in place.
     """
 
-    def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
+    def prepare(self, tasks: Sequence[RowKey], params: Sequence[Tensor]) -> None:
         """Makes ready for rows of these tasks; called before a pass, while ``.grad`` is what the user sees."""
 
-    def open(self, task: str, params: Sequence[Tensor], previous: Row | None) -> None:
+    def open(self, task: RowKey, params: Sequence[Tensor], previous: Row | None) -> None:
         """Sets ``.grad`` for a pass: None, or the row that this step has captured for the task before."""
 
     def take(self, params: Sequence[Tensor], previous: Row | None, others: Sequence[Tensor]) -> Row:
         """The row now in ``.grad``, which is None afterwards; it shares no memory with the ``.grad`` of ``others``."""
 
-    def check(self, rows: Mapping[str, Row]) -> None:
+    def check(self, rows: Mapping[RowKey, Row]) -> None:
         """Raise RuntimeError if a row is not what was taken, which no combination can mend."""
 
     def close(self) -> bool:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from .data import NUM_TEST, TASKS
+from .data import NUM_TEST
 from .options import Options
+from .tasks import TASKS
 from .train import Run
 
 
@@ -21,7 +22,7 @@ def table(runs: Sequence[Run], options: Options) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    result.add_column("method", overflow="fold")
+    result.add_column("method", overflow="fold", min_width=20)
     for column in (*TASKS, "mean"):
         result.add_column(column.replace("-", "-\n"), justify="right")
     for column in ("steps in\nconflict", "forward +\nbackward", "combine", "step"):
@@ -43,7 +44,7 @@ def notes(options: Options, threads: int, one_backward: float) -> str:
     return (
         f"One run each, seed {options.seed}, {threads} thread{plural}; other seeds give other numbers, so "
         "read nothing into small differences. In conflict: the gradients of at least one pair of tasks, over "
-        f"the shared trunk, have a negative cosine. Every method here runs {len(TASKS)} backward passes, so "
+        f"the shared trunk, have a negative cosine. Every method here runs {len(TASKS)} backward passes a batch, so "
         "that conflicts can be seen; a plain sum of the losses needs one, and its forward + backward "
         f"takes {one_backward:.2f} ms here."
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import WeightedLosses, positive
+from .base import LossAbout, WeightedLosses
+from .checks import Tasks, positive
 
 
 class DynamicWeightAverage(WeightedLosses):
@@ -19,7 +20,7 @@ class DynamicWeightAverage(WeightedLosses):
     training mode; a task without a loss in an epoch keeps its means, and r_k = 1 where a mean is not positive.
 
     Args:
-        num_tasks: K >= 1.
+        tasks: how many tasks there are, or their names.
         temperature: T, a finite number > 0.
         warn_after: a RuntimeWarning is given when this many calls came without a `step`; None gives none. Calls are
             counted in Python, so those of compiled code are not.
@@ -28,18 +29,20 @@ class DynamicWeightAverage(WeightedLosses):
         TypeError, ValueError: an argument out of its range.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("sum K softmax(r / T) L", "mean losses of epochs", "step() after each epoch")
+
     mean: Tensor
     count: Tensor
     means: Tensor
     epochs: Tensor
 
-    def __init__(self, num_tasks: int, temperature: float = 2.0, warn_after: int | None = 10_000) -> None:
-        super().__init__(num_tasks)
+    def __init__(self, tasks: Tasks, temperature: float = 2.0, warn_after: int | None = 10_000) -> None:
+        super().__init__(tasks)
+        num_tasks = self._count()
         self.temperature = positive("DynamicWeightAverage", "temperature", temperature)
         if warn_after is not None:
             positive("DynamicWeightAverage", "warn_after", warn_after)
         self.warn_after = warn_after
-        self._calls = 0
         self.register_buffer("mean", torch.zeros(num_tasks))
         self.register_buffer("count", torch.zeros(num_tasks, dtype=torch.int64))
         self.register_buffer("means", torch.full((2, num_tasks), math.nan))
@@ -63,15 +66,7 @@ class DynamicWeightAverage(WeightedLosses):
         self.count.add_(finite.to(torch.int64))
         change = (losses.to(self.mean.dtype) - self.mean) / self.count.clamp(min=1)
         self.mean.add_(torch.where(finite, change, torch.zeros_like(change)))
-        if not torch.compiler.is_compiling():
-            self._calls += 1
-            if self._calls == self.warn_after:
-                warnings.warn(
-                    f"DynamicWeightAverage: {self._calls} calls without step(), where alone the weights change; "
-                    "call it at the end of every epoch, or pass warn_after=None for longer epochs",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        self.remind(self.warn_after, "step()", "at the end of every epoch, or pass warn_after=None for longer ones")
 
     def weigh(self, losses: Tensor) -> Tensor:
         """K softmax(r / T), or 1 in the first two epochs, ``[K]``."""

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Losses, WeightedLosses, non_negative, number, positive, vector
+from .base import LossAbout, Losses, SumOfTerms
+from .checks import Tasks, Vector, non_negative, number, positive, vector
 
 EPS = 1e-8
+_FORGOTTEN = 1000
+"""Calls without an update after which somebody has surely forgotten it."""
 
 
-class FAMO(WeightedLosses):
+class FAMO(SumOfTerms):
     """Fast adaptive multitask optimization: c sum_k z_k log D_k, with D = L - L_min + 1e-8 and z = softmax(w).
 
     Liu et al. 2023 (arXiv 2306.03792). c = 1 / sum_k (z_k / D_k) is held constant, so that the gradient is a convex
     combination of those of the losses. After the optimizer's step, call `update` with the losses of the same batch
-    under the new parameters: it takes one Adam step on w along the softmax's Jacobian times
-    log D_old - log D_new. Adam (betas 0.9, 0.999; eps 1e-8; weight decay added to the gradient) keeps its state in
-    buffers.
+    under the new parameters: it takes one Adam step on w along the softmax's Jacobian times log D_old - log D_new. A
+    RuntimeWarning tells where that is forgotten. Adam (betas 0.9, 0.999; eps 1e-8; weight decay added to the gradient)
+    keeps its state in buffers.
 
     Losses <= min_losses - 1e-8 raise ValueError on a CPU; elsewhere and in compiled code nan or -inf flows. An `update`
     that is not finite changes nothing.
 
     Args:
-        num_tasks: K >= 1.
+        tasks: how many tasks there are, or their names; all of them come in every call.
         lr: step size for w, a finite number > 0.
         weight_decay: a finite number >= 0.
         min_losses: lower bounds of the losses, K finite numbers or one for all.
@@ -35,6 +38,9 @@ class FAMO(WeightedLosses):
     Raises:
         TypeError, ValueError: an argument out of its range.
     """
+
+    about: ClassVar[LossAbout] = LossAbout("c sum softmax(w) log(L - min)", "w, its Adam", "update(losses) after steps")
+    takes_some: ClassVar[bool] = False
 
     w: Tensor
     min_losses: Tensor
@@ -45,17 +51,18 @@ class FAMO(WeightedLosses):
 
     def __init__(
         self,
-        num_tasks: int,
+        tasks: Tasks,
         lr: float = 0.025,
         weight_decay: float = 1e-3,
-        min_losses: Tensor | list[float] | float = 0.0,
+        min_losses: Vector | float = 0.0,
     ) -> None:
-        super().__init__(num_tasks)
+        super().__init__(tasks)
+        num_tasks = self._count()
         self.lr = positive("FAMO", "lr", lr)
         self.weight_decay = non_negative("FAMO", "weight_decay", weight_decay)
         if isinstance(min_losses, (int, float)):
             min_losses = [number("FAMO", "min_losses", min_losses, lambda v: True, "")] * num_tasks
-        self.register_buffer("min_losses", vector("FAMO", "min_losses", min_losses, num_tasks))
+        self.register_buffer("min_losses", vector("FAMO", "min_losses", min_losses, tasks))
         self.register_buffer("w", torch.zeros(num_tasks))
         self.register_buffer("previous", torch.full((num_tasks,), math.nan))
         self.register_buffer("first_moment", torch.zeros(num_tasks))
@@ -63,20 +70,19 @@ class FAMO(WeightedLosses):
         self.register_buffer("steps", torch.zeros(()))
         self._called = False
 
-    def combine(self, losses: Tensor) -> Tensor:
-        """The definition; gradients reach the losses alone."""
+    def factors(self, losses: Tensor) -> Tensor:
+        """c z_k and L_min, ``[K, 2]``; in training mode the losses are kept for `update`."""
         distance = self._distance(losses)
         if self.training:
-            self.previous.copy_(losses.detach())
+            self.previous.copy_(losses)
             self._called = True
+            self.remind(_FORGOTTEN, "update(new_losses)", "after every step of the optimizer")
         z = torch.softmax(self.w, 0).to(losses.dtype)
-        c = 1 / (z / distance.detach()).sum()
-        return c * (z * distance.log()).sum()
+        return torch.stack((z / (z / distance).sum(), self.min_losses.to(losses.dtype)), -1)
 
-    def weigh(self, losses: Tensor) -> Tensor:
-        """c z_k / D_k, the weights of the gradients, of sum 1, ``[K]``."""
-        share = torch.softmax(self.w, 0).to(losses.dtype) / self._distance(losses)
-        return share / share.sum()
+    def term(self, losses: Tensor, factors: Tensor) -> Tensor:
+        """c z_k log D_k; gradients reach L_k alone."""
+        return factors[..., 0] * (losses - factors[..., 1] + EPS).log()
 
     def update(self, new_losses: Losses) -> None:
         """One Adam step on w.
@@ -93,6 +99,7 @@ class FAMO(WeightedLosses):
                 "FAMO: update(new_losses) compares with the losses of the last call, and there was none in training "
                 "mode; call the module on the losses first"
             )
+        self._calls = 0
         now = self._distance(self.gather(new_losses, "new_losses").detach().to(self.w.dtype))
         with torch.no_grad():
             delta = self._distance(self.previous).log() - now.log()

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import LossCombination, WeightedLosses, vector
+from .base import LossAbout, LossCombination, SumOfTerms, WeightedLosses
+from .checks import Vector, tasks_of, vector
 
 
 class FixedWeights(WeightedLosses):
     """sum_k w_k L_k with given weights.
 
     Args:
-        weights: K finite numbers, a sequence or a tensor ``[K]``.
+        weights: K finite numbers, a sequence or a tensor ``[K]``; or a dict by the names of the tasks.
 
     Raises:
         TypeError, ValueError: no numbers, or some that are not finite.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("sum w L", "none", "none")
+    scales_with_losses: ClassVar[bool] = True
+
     given: Tensor
 
-    def __init__(self, weights: Tensor | Sequence[float]) -> None:
+    def __init__(self, weights: Vector) -> None:
         given = vector("FixedWeights", "weights", weights)
-        super().__init__(given.shape[0])
+        super().__init__(tasks_of(weights))
         self.register_buffer("given", given)
 
     def weigh(self, losses: Tensor) -> Tensor:
@@ -36,19 +41,23 @@ class InversePriorLoss(WeightedLosses):
     """w_k = 1 / prior_k: each loss relative to what a constant predictor reaches.
 
     Args:
-        prior: K finite numbers > 0, for example of `entropy_prior` and `variance_prior`.
+        prior: K finite numbers > 0, for example of `entropy_prior` and `variance_prior`; or a dict of them by the names
+            of the tasks.
 
     Raises:
         TypeError, ValueError: no numbers, or some that are not finite and > 0.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("sum L / prior", "none", "none")
+    scales_with_losses: ClassVar[bool] = True
+
     prior: Tensor
 
-    def __init__(self, prior: Tensor | Sequence[float]) -> None:
+    def __init__(self, prior: Vector) -> None:
         values = vector("InversePriorLoss", "prior", prior)
         if not bool((values > 0).all()):
             raise ValueError(f"InversePriorLoss: expected priors > 0, found {values.tolist()}; leave such tasks out")
-        super().__init__(values.shape[0])
+        super().__init__(tasks_of(prior))
         self.register_buffer("prior", values)
 
     def weigh(self, losses: Tensor) -> Tensor:
@@ -62,11 +71,13 @@ class InverseCurrentLoss(WeightedLosses):
     Losses <= 0 raise ValueError on a CPU; on other devices and in compiled code the weights become inf or negative.
 
     Args:
-        num_tasks: K >= 1, or None for any.
+        tasks: how many tasks there are, or their names; None for any.
 
     Raises:
-        TypeError, ValueError: ``num_tasks`` is no integer >= 1.
+        TypeError, ValueError: ``tasks`` is none of these.
     """
+
+    about: ClassVar[LossAbout] = LossAbout("sum L / sg(L)", "none", "none")
 
     def weigh(self, losses: Tensor) -> Tensor:
         """1 / L_k, ``[K]``."""
@@ -81,11 +92,14 @@ class GeometricMean(LossCombination):
     devices and in compiled code nan or 0 flows.
 
     Args:
-        num_tasks: K >= 1, or None for any.
+        tasks: how many tasks there are, or their names; None for any.
 
     Raises:
-        TypeError, ValueError: ``num_tasks`` is no integer >= 1.
+        TypeError, ValueError: ``tasks`` is none of these.
     """
+
+    about: ClassVar[LossAbout] = LossAbout("(prod L)^(1/K)", "none", "none")
+    instead: ClassVar[str] = "LogSum is one, and its gradient has the same direction"
 
     def combine(self, losses: Tensor) -> Tensor:
         """The definition."""
@@ -93,22 +107,28 @@ class GeometricMean(LossCombination):
         return losses.log().mean().exp()
 
 
-class LogSum(LossCombination):
+class LogSum(SumOfTerms):
     """sum_k log L_k, which does not change its gradient when a loss is scaled.
 
     Losses <= 0 raise ValueError on a CPU; on other devices and in compiled code nan or -inf flows.
 
     Args:
-        num_tasks: K >= 1, or None for any.
+        tasks: how many tasks there are, or their names; None for any.
 
     Raises:
-        TypeError, ValueError: ``num_tasks`` is no integer >= 1.
+        TypeError, ValueError: ``tasks`` is none of these.
     """
 
-    def combine(self, losses: Tensor) -> Tensor:
-        """The definition."""
+    about: ClassVar[LossAbout] = LossAbout("sum log L", "none", "none")
+
+    def factors(self, losses: Tensor) -> Tensor:
+        """None are needed: the losses, checked."""
         self.require_positive(losses, "the logarithm is taken")
-        return losses.log().sum()
+        return losses
+
+    def term(self, losses: Tensor, factors: Tensor) -> Tensor:
+        """log L_k."""
+        return losses.log()
 
 
 def entropy_prior(class_counts: Tensor | Sequence[float]) -> float:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import WeightedLosses, first_seen, non_negative, number, or_one
+from .base import LossAbout, Losses, WeightedLosses, first_seen, or_one
+from .checks import Tasks, non_negative, number
 
 
 class InverseInitialLoss(WeightedLosses):
     """w_k = 1 / L_k(0), where L_k(0) is the first positive, finite loss of task k; 1 until there is one.
 
     Args:
-        num_tasks: K >= 1.
+        tasks: how many tasks there are, or their names.
 
     Raises:
-        TypeError, ValueError: ``num_tasks`` is no integer >= 1.
+        TypeError, ValueError: ``tasks`` is neither.
     """
+
+    about: ClassVar[LossAbout] = LossAbout("sum L / L(0)", "first losses", "none")
 
     initial: Tensor
 
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(num_tasks)
-        self.register_buffer("initial", torch.full((num_tasks,), math.nan))
+    def __init__(self, tasks: Tasks) -> None:
+        super().__init__(tasks)
+        self.register_buffer("initial", torch.full((self._count(),), math.nan))
 
     def record(self, losses: Tensor) -> None:
         """Keeps the first losses."""
@@ -44,15 +48,17 @@ class LossBalancedTaskWeighting(InverseInitialLoss):
     other devices and in compiled code their weight is 1 where alpha is fractional.
 
     Args:
-        num_tasks: K >= 1.
+        tasks: how many tasks there are, or their names.
         alpha: finite number >= 0; 0 gives equal weights.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
     """
 
-    def __init__(self, num_tasks: int, alpha: float = 0.5) -> None:
-        super().__init__(num_tasks)
+    about: ClassVar[LossAbout] = LossAbout("sum (L / L(0))^a L", "first losses of epochs", "new_epoch() before each")
+
+    def __init__(self, tasks: Tasks, alpha: float = 0.5) -> None:
+        super().__init__(tasks)
         self.alpha = non_negative("LossBalancedTaskWeighting", "alpha", alpha)
 
     def new_epoch(self) -> None:
@@ -72,7 +78,7 @@ class DynamicTaskPriority(WeightedLosses):
     kbar <- alpha kappa + (1 - alpha) kbar, and the first one sets it; before that the weights are 1.
 
     Args:
-        num_tasks: K >= 1.
+        tasks: how many tasks there are, or their names.
         alpha: share of the newest indicator, 0 < alpha <= 1.
         gamma: focus, a finite number >= 0.
 
@@ -80,34 +86,38 @@ class DynamicTaskPriority(WeightedLosses):
         TypeError, ValueError: an argument out of its range.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("sum -(1 - k)^g log k L", "averages k of the KPIs", "update(kpis)")
+    scales_with_losses: ClassVar[bool] = True
+
     average: Tensor
 
-    def __init__(self, num_tasks: int, alpha: float = 0.9, gamma: float = 1.0) -> None:
-        super().__init__(num_tasks)
+    def __init__(self, tasks: Tasks, alpha: float = 0.9, gamma: float = 1.0) -> None:
+        super().__init__(tasks)
         self.alpha = number("DynamicTaskPriority", "alpha", alpha, lambda v: 0 < v <= 1, "in (0, 1]")
         self.gamma = non_negative("DynamicTaskPriority", "gamma", gamma)
-        self.register_buffer("average", torch.full((num_tasks,), math.nan))
+        self.register_buffer("average", torch.full((self._count(),), math.nan))
 
-    def update(self, kpis: Tensor | Sequence[float | Tensor]) -> None:
+    def update(self, kpis: Tensor | Sequence[float | Tensor] | Mapping[str, float | Tensor]) -> None:
         """Takes new indicators, such as accuracies on a validation set.
 
         Args:
-            kpis: K numbers in (0, 1]; a sequence of numbers or of scalar tensors, or a tensor ``[K]``. Values of
-                tensors that are not on a CPU are not looked at; out of range, they make the weight of their task nan.
+            kpis: K numbers in (0, 1]: a tensor ``[K]``, a sequence of numbers or of scalar tensors, or a dict of them
+                by the names of the tasks. Values of tensors that are not on a CPU are not looked at; out of range,
+                they make the weight of their task nan.
 
         Raises:
             TypeError, ValueError: no such numbers, or another number of them.
         """
+        numbers: Losses
         if isinstance(kpis, Tensor):
-            values = self.gather(kpis, "KPIs").detach()
+            numbers = kpis
+        elif isinstance(kpis, Mapping):
+            numbers = {task: self._as_tensor(kpi) for task, kpi in kpis.items()}
+        elif isinstance(kpis, (list, tuple)):
+            numbers = [self._as_tensor(kpi) for kpi in kpis]
         else:
-            if not isinstance(kpis, (list, tuple)):
-                raise TypeError(f"DynamicTaskPriority: expected KPIs as a sequence, found {type(kpis).__name__}")
-            for kpi in kpis:
-                if isinstance(kpi, bool) or not isinstance(kpi, (int, float, Tensor)):
-                    raise TypeError(f"DynamicTaskPriority: expected KPIs as numbers, found {kpi!r}")
-            numbers = [torch.as_tensor(kpi, dtype=self.average.dtype) for kpi in kpis]
-            values = self.gather(numbers, "KPIs").detach()
+            raise TypeError(f"DynamicTaskPriority: expected KPIs as a sequence or dict, found {type(kpis).__name__}")
+        values = self.gather(numbers, "KPIs").detach()
         valid = (values > 0) & (values <= 1)
         if values.device.type == "cpu" and not bool(valid.all()):
             raise ValueError(
@@ -116,6 +126,11 @@ class DynamicTaskPriority(WeightedLosses):
         values = torch.where(valid, values, torch.full_like(values, -1.0)).to(self.average)
         moved = self.alpha * values + (1 - self.alpha) * self.average
         self.average.copy_(torch.where((self.average > 0) & valid, moved, values))
+
+    def _as_tensor(self, kpi: float | Tensor) -> Tensor:
+        if isinstance(kpi, bool) or not isinstance(kpi, (int, float, Tensor)):
+            raise TypeError(f"DynamicTaskPriority: expected KPIs as numbers, found {kpi!r}")
+        return torch.as_tensor(kpi, dtype=self.average.dtype)
 
     def weigh(self, losses: Tensor) -> Tensor:
         """The focal weights of the averaged indicators, ``[K]``."""

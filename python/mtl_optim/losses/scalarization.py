@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import LossCombination, non_negative, positive, preference_vector, vector
+from .base import LossAbout, LossCombination
+from .checks import Tasks, Vector, non_negative, positive, preference_vector, tasks_of, vector
 
 
 class STCH(LossCombination):
@@ -20,7 +21,7 @@ class STCH(LossCombination):
     CPU; on other devices and in compiled code nan or -inf flows.
 
     Args:
-        num_tasks: K >= 1.
+        tasks: how many tasks there are, or their names.
         mu: smoothing, a finite number > 0.
         preference: lam, K numbers >= 0, some of them > 0; None is 1 / K each. It is used as given.
         reference: z*, K finite numbers; None is 0.
@@ -30,6 +31,9 @@ class STCH(LossCombination):
         TypeError, ValueError: an argument out of its range.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("mu logsumexp(lam (L - z*) / mu)", "nadir, with warmup", "none")
+    instead: ClassVar[str] = "LogSum is one"
+
     preference: Tensor
     reference: Tensor
     nadir: Tensor
@@ -37,13 +41,14 @@ class STCH(LossCombination):
 
     def __init__(
         self,
-        num_tasks: int,
+        tasks: Tasks,
         mu: float = 1.0,
-        preference: Tensor | Sequence[float] | None = None,
-        reference: Tensor | Sequence[float] | None = None,
+        preference: Vector | None = None,
+        reference: Vector | None = None,
         warmup: int = 0,
     ) -> None:
-        super().__init__(num_tasks)
+        super().__init__(tasks)
+        num_tasks = self._count()
         self.mu = positive("STCH", "mu", mu)
         if isinstance(warmup, bool) or not isinstance(warmup, int):
             raise TypeError(f"STCH: expected warmup as an integer, found {warmup!r}")
@@ -51,8 +56,8 @@ class STCH(LossCombination):
         if preference is None:
             self.register_buffer("preference", torch.full((num_tasks,), 1 / num_tasks))
         else:
-            self.register_buffer("preference", preference_vector("STCH", preference, num_tasks))
-        self.register_buffer("reference", _reference("STCH", reference, num_tasks))
+            self.register_buffer("preference", preference_vector("STCH", preference, tasks))
+        self.register_buffer("reference", _reference("STCH", reference, tasks))
         self.register_buffer("nadir", torch.zeros(num_tasks))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
@@ -83,18 +88,22 @@ class COSMOS(LossCombination):
     Ruchte & Grabocka 2021 (arXiv 2103.13392).
 
     Args:
-        preference: lam, K numbers >= 0, some of them > 0. It is used as given.
+        preference: lam, K numbers >= 0, some of them > 0, or a dict of them by the names of the tasks. It is used as
+            given.
         mu: weight of the cosine, a finite number >= 0.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("lam L - mu cos(lam, L)", "none", "none")
+    instead: ClassVar[str] = "FixedWeights, its first part, is one"
+
     preference: Tensor
 
-    def __init__(self, preference: Tensor | Sequence[float], mu: float) -> None:
+    def __init__(self, preference: Vector, mu: float) -> None:
         lam = preference_vector("COSMOS", preference)
-        super().__init__(lam.shape[0])
+        super().__init__(tasks_of(preference))
         self.mu = non_negative("COSMOS", "mu", mu)
         self.register_buffer("preference", lam)
 
@@ -111,7 +120,8 @@ class PBI(LossCombination):
     to it. At d2 = 0 the gradient of d2 is taken as 0.
 
     Args:
-        preference: lam, K numbers >= 0, some of them > 0; its length does not matter.
+        preference: lam, K numbers >= 0, some of them > 0, or a dict of them by the names of the tasks; its length does
+            not matter.
         theta: penalty, a finite number >= 0.
         reference: z*, K finite numbers; None is 0.
 
@@ -119,20 +129,18 @@ class PBI(LossCombination):
         TypeError, ValueError: an argument out of its range.
     """
 
+    about: ClassVar[LossAbout] = LossAbout("d1 + theta d2", "none", "none")
+    instead: ClassVar[str] = "FixedWeights, as d1 is, is one"
+
     preference: Tensor
     reference: Tensor
 
-    def __init__(
-        self,
-        preference: Tensor | Sequence[float],
-        theta: float,
-        reference: Tensor | Sequence[float] | None = None,
-    ) -> None:
+    def __init__(self, preference: Vector, theta: float, reference: Vector | None = None) -> None:
         lam = preference_vector("PBI", preference)
-        super().__init__(lam.shape[0])
+        super().__init__(tasks_of(preference))
         self.theta = non_negative("PBI", "theta", theta)
         self.register_buffer("preference", lam)
-        self.register_buffer("reference", _reference("PBI", reference, lam.shape[0]))
+        self.register_buffer("reference", _reference("PBI", reference, tasks_of(preference)))
 
     def combine(self, losses: Tensor) -> Tensor:
         """The definition."""
@@ -145,5 +153,7 @@ class PBI(LossCombination):
         return combined
 
 
-def _reference(owner: str, values: Tensor | Sequence[float] | None, num_tasks: int) -> Tensor:
-    return torch.zeros(num_tasks) if values is None else vector(owner, "reference", values, num_tasks)
+def _reference(owner: str, values: Vector | None, tasks: Tasks) -> Tensor:
+    if values is None:
+        return torch.zeros(tasks if isinstance(tasks, int) else len(tasks))
+    return vector(owner, "reference", values, tasks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,11 +24,27 @@ class Weighted(NamedTuple):
     certificate: Tensor | None
 
 
+class Combination(NamedTuple):
+    """What `Method.combine` finds.
+
+    Attributes:
+        combined: the combination d, shaped like a row: a tensor for dense rows, else P tensors or None.
+        gram: ``[..., K, K]`` of the rows.
+        weights: ``[..., K]``, see `Report`; None for methods that have none.
+        certificate: ``[..., 2]`` or None.
+    """
+
+    combined: Any
+    gram: Tensor
+    weights: Tensor | None
+    certificate: Tensor | None
+
+
 class About(NamedTuple):
     """What a reader wants to know of a method before choosing it, in a few words each.
 
     Attributes:
-        needs: what the weights depend on: "nothing", "Gram", "losses", "Gram and losses"...
+        needs: what the weights depend on: "nothing", "Gram", "losses", "Gram and losses", "rows"...
         state: what is kept between steps; "none".
         guarantee: what holds for the combination d = J^T w.
         cost: operations of a solve, for K tasks.
@@ -56,6 +73,11 @@ class Method:
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
+    def refresh_every(self) -> int:
+        """What a `MultiTaskOptimizer` that is not told goes by: the weights are computed at every n-th call."""
+        return 1
+
+    @property
     def needs_losses(self) -> bool:
         """Whether `solve` must be given the values of the losses."""
         return False
@@ -76,9 +98,24 @@ class Method:
         return False
 
     @property
+    def num_batches(self) -> int:
+        """How many independent batches of every task a step takes; the combination is of the last one's rows."""
+        return 1
+
+    @property
+    def needs_heads(self) -> bool:
+        """Whether `with_heads` must be told of the gradients of the heads before a step."""
+        return False
+
+    @property
     def stops_at_zero_rows(self) -> bool:
         """Whether a task whose gradient is zero makes the combination zero."""
         return False
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether the combination is the sum of the rows with the weights that are reported."""
+        return True
 
     def bound_to(self, tasks: tuple[str, ...]) -> Method:
         """The method for rows of these tasks, in this order; itself where it does not go by names.
@@ -87,6 +124,13 @@ class Method:
             ValueError: it lacks something for one of them.
         """
         return self
+
+    def with_heads(self, norms: Tensor) -> Method:
+        """The method for a step in which the gradients of the tasks' heads have these norms, float64 ``[K]``."""
+        return self
+
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError where the method is not for K = ``num_tasks`` tasks."""
 
     def solver_call(self, device: torch.device) -> SolverCall | None:
         """The solver of `mtl_kernels` that gives the weights, on ``device``; None if `solve` does it otherwise."""
@@ -104,6 +148,7 @@ class Method:
             Tensors on the device of ``gram``; nothing is copied to the host.
         """
         check_gram(type(self).__name__, gram)
+        self.check_tasks(gram.shape[-1])
         if (call := self.solver_call(gram.device)) is None:
             raise NotImplementedError(f"{type(self).__name__} defines neither solver_call() nor solve()")
         weights, certificate = ops.solve(gram, call._replace(active=active))
@@ -123,6 +168,7 @@ class Method:
             rows, groups: as for `mtl_kernels.gram`.
             losses, active: as for `solve`.
         """
+        self.check_tasks(rows.num_tasks)
         if (call := self.solver_call(rows.device)) is None:
             gram = mtl_kernels.gram(rows, groups=groups)
             if self.needs_gram:
@@ -133,6 +179,43 @@ class Method:
             return Weighted(gram, weights, torch.stack((gap, iterations.to(gap.dtype)), -1))
         gram, weights, certificate = mtl_kernels.gram_solve(rows, call._replace(active=active), groups=groups)
         return Weighted(gram, weights, certificate if call.certified else None)
+
+    def weigh_batches(
+        self,
+        batches: Sequence[RowTable],
+        *,
+        groups: Sequence[int] | None = None,
+        losses: Tensor | None = None,
+        active: Tensor | None = None,
+    ) -> Weighted:
+        """`weigh` with the rows of every batch of a step, in order; Gram matrix and weights are for those of the last.
+
+        What a method with ``num_batches`` > 1 defines in place of `weigh`.
+        """
+        if len(batches) > 1:
+            raise NotImplementedError(f"{type(self).__name__} has several batches and no weigh_batches() of its own")
+        return self.weigh(batches[0], groups=groups, losses=losses, active=active)
+
+    def combine(
+        self,
+        batches: Sequence[RowTable],
+        *,
+        groups: Sequence[int] | None = None,
+        losses: Tensor | None = None,
+        active: Tensor | None = None,
+        out: Any = None,
+        places: Sequence[int] | None = None,
+    ) -> Combination:
+        """The combination of some rows, and what there is to report of it: all that a training step asks for.
+
+        Args:
+            batches: the rows of every batch of the step, in order, `num_batches`; those of the last are combined.
+            groups, out: as for `mtl_kernels.combine`.
+            losses, active: as for `solve`. Where tasks are not active, their rows hold None.
+            places: the number of each parameter, under which a method keeps what it keeps of it; None counts them.
+        """
+        found = self.weigh_batches(batches, groups=groups, losses=losses, active=active)
+        return Combination(mtl_kernels.combine(batches[-1], found.weights, out, groups=groups), *found)
 
     def weights(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Tensor:
         """One weight per original row, float64 ``[..., K]``; the arguments are those of `solve`."""
@@ -160,7 +243,7 @@ class Method:
     def __call__(
         self,
         rows: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
-        *,
+        *more: Tensor | Sequence[Sequence[Tensor | None]] | RowTable,
         losses: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Any:
@@ -169,14 +252,22 @@ class Method:
         Args:
             rows: a tensor ``[K, N]``, or K sequences of P tensors or ``None``; float32, float64, bfloat16,
                 float16.
+            more: the rows of further batches, for methods with ``num_batches`` > 1; the last ones are combined.
             losses, active: as for `solve`.
 
         Returns:
             A tensor ``[N]``, or a list of P tensors (``None`` where no task reaches), in the dtype of the
             rows.
+
+        Raises:
+            TypeError: rows of more or fewer batches than the method takes.
         """
-        table = rows if isinstance(rows, RowTable) else RowTable(rows)
-        return mtl_kernels.combine(table, self.weigh(table, losses=losses, active=active).weights)
+        tables = [one if isinstance(one, RowTable) else RowTable(one) for one in (rows, *more)]
+        if len(tables) != self.num_batches:
+            raise TypeError(
+                f"{type(self).__name__} takes the rows of {self.num_batches} independent batch(es), found {len(tables)}"
+            )
+        return self.combine(tables, losses=losses, active=active).combined
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, as plain values."""
@@ -202,9 +293,20 @@ class Method:
         """Clears the state: the next solve is like the first."""
         self.state.clear()
 
-    def _kept(self, key: str, device: torch.device, new: Callable[[], Tensor]) -> Tensor:
-        """``state[key]`` on ``device``: moved there where it is elsewhere, ``new()`` where there is none yet."""
+    def _kept(
+        self, key: str, device: torch.device, new: Callable[[], Tensor], shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """``state[key]`` on ``device``: moved there where it is elsewhere, ``new()`` where there is none yet.
+
+        Raises:
+            ValueError: it is not of the ``shape`` that the problem asks for.
+        """
         kept = self.state.get(key)
+        if kept is not None and shape is not None and kept.shape != torch.Size(shape):
+            raise ValueError(
+                f"{type(self).__name__} keeps {key} of shape {list(kept.shape)} and was given a problem of "
+                f"{list(shape)}; call reset() before the tasks change, or load_state_dict() with a state of that shape"
+            )
         if kept is None or kept.device != device:
             refuse_capture(f"the {key} that {type(self).__name__} keeps would be set up")
             # A tensor made in inference mode could not be written to outside it.
@@ -226,6 +328,14 @@ def check_choice(owner: str, option: str, value: object, choices: Sequence[str])
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{owner}: {option}={value!r} is unknown; choose one of {listed}")
+
+
+def check_number(owner: str, option: str, value: object, expected: str, fits: Callable[[float], bool]) -> None:
+    """Raise unless ``value`` is a finite number that ``fits``, which ``expected`` says in words."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: expected {option} as a number, found {value!r}")
+    if not math.isfinite(value) or not fits(value):
+        raise ValueError(f"{owner}: expected {option} {expected}, found {value}")
 
 
 def check_rtol(owner: str, rtol: object) -> None:
@@ -265,6 +375,21 @@ def check_active(owner: str, gram: Tensor, active: Tensor | None) -> None:
             f"{owner}: expected active on {gram.device}, where the Gram matrix is, found it on {active.device}; "
             f"move it there with active.to({str(gram.device)!r})"
         )
+
+
+def loss_values(owner: str, gram: Tensor, losses: Tensor | None) -> Tensor:
+    """The losses as float64 ``[K]`` or ``[..., K]`` on the device of ``gram``.
+
+    Raises:
+        TypeError, ValueError: there are none, or not one per row.
+    """
+    if losses is None:
+        raise ValueError(f"{owner} needs the values of the losses: pass losses=, a tensor [K]")
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"{owner}: expected losses as a tensor [K], found {type(losses).__name__}")
+    if losses.shape not in (gram.shape[:-1], gram.shape[-1:]):
+        raise ValueError(f"{owner}: expected losses of shape [{gram.shape[-1]}], found {list(losses.shape)}")
+    return losses.detach().to(gram.device, torch.float64)
 
 
 def spread(owner: str, gram: Tensor, values: Tensor, active: Tensor | None) -> Tensor:

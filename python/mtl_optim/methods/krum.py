@@ -6,12 +6,11 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from mtl_kernels import Solution
+from mtl_kernels import SolverCall
+from mtl_kernels.solvers.krum import check_krum, krum_options
 
-from .base import About, Method, check_active, check_gram
-from .shares import equal_shares, finite_among
+from .base import About, Method
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,61 +43,12 @@ class Krum(Method):
     n_selected: int = 1
 
     def __post_init__(self) -> None:
-        for option, least in (("n_byzantine", 0), ("n_selected", 1)):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"Krum: expected {option} as an integer, found {value!r}")
-            if value < least:
-                raise ValueError(f"Krum: expected {option} >= {least}, found {value}")
+        krum_options(self.n_byzantine, self.n_selected)
 
-    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
-        """1 / n_selected on the selected rows; see `Method.solve`.
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError where K < n_byzantine + 3, or K < n_selected."""
+        check_krum(num_tasks, self.n_byzantine, self.n_selected)
 
-        Raises:
-            ValueError: K < n_byzantine + 3, or K < n_selected.
-        """
-        check_gram("Krum", gram)
-        check_active("Krum", gram, active)
-        num_tasks = gram.shape[-1]
-        if num_tasks < self.n_byzantine + 3:
-            raise ValueError(
-                f"Krum(n_byzantine={self.n_byzantine}) needs at least n_byzantine + 3 = {self.n_byzantine + 3} tasks, "
-                f"found K = {num_tasks}; lower n_byzantine to at most {num_tasks - 3}"
-                if num_tasks >= 3
-                else f"Krum needs at least n_byzantine + 3 = {self.n_byzantine + 3} tasks, found K = {num_tasks}; use "
-                "another method for so few"
-            )
-        if num_tasks < self.n_selected:
-            raise ValueError(
-                f"Krum(n_selected={self.n_selected}) selects more rows than there are, K = {num_tasks}; lower "
-                f"n_selected to at most {num_tasks}"
-            )
-        equal = equal_shares(gram, active)
-        there = equal > 0
-        among = there.unsqueeze(-1) & there.unsqueeze(-2)
-        finite = finite_among(gram, active)
-        count = there.sum(-1, keepdim=True)
-
-        problem = _at_unit_scale(torch.where(finite.unsqueeze(-1) & among, gram.double(), 0.0))
-        squares = problem.diagonal(dim1=-2, dim2=-1)
-        distance = (squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * problem).clamp(min=0)
-        others = among & ~torch.eye(num_tasks, dtype=torch.bool, device=gram.device)
-        nearest = torch.where(others, distance, torch.inf).sort(-1).values
-        place = torch.arange(num_tasks, device=gram.device)
-        counted = torch.minimum((count - self.n_byzantine - 2).clamp(min=1), count - 1)
-        score = torch.where(place < counted.unsqueeze(-1), nearest, 0.0).sum(-1)
-
-        order = torch.where(there, score, torch.inf).sort(dim=-1, stable=True).indices
-        selected = count.clamp(min=1, max=self.n_selected)
-        weights = torch.zeros_like(score).scatter(
-            -1, order, torch.where(place < selected, selected.double().reciprocal(), 0.0)
-        )
-        return Solution(torch.where(finite, torch.where(there, weights, 0.0), equal))
-
-
-def _at_unit_scale(gram: Tensor) -> Tensor:
-    """``gram`` divided by a power of two, exactly, so that its largest square is near 1 and distances stay finite."""
-    largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
-    mantissa = torch.frexp(largest).mantissa
-    scale = torch.where(largest > 0, largest / (2 * mantissa), 1.0)
-    return gram / scale.unsqueeze(-1).unsqueeze(-1)
+    def solver_call(self, device: torch.device) -> SolverCall:
+        """Solver "krum", in closed form: 1 / n_selected on the selected rows."""
+        return SolverCall("krum", krum_options(self.n_byzantine, self.n_selected), certified=False)

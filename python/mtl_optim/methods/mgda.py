@@ -13,7 +13,7 @@ import mtl_kernels
 from mtl_kernels import Solution, SolverCall
 from mtl_kernels.solvers.min_norm import min_norm_options
 
-from .base import About, Method, check_active, check_choice, check_gram
+from .base import About, Method, check_active, check_choice, check_gram, loss_values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,15 +121,8 @@ class MGDA(Method):
         if self.normalize in ("l2", "loss+"):
             scale = scale * _positive_or_one(mtl_kernels.norms(gram.double()))
         if self.needs_losses:
-            if losses is None:
-                raise ValueError(
-                    f"MGDA(normalize={self.normalize!r}) needs the values of the losses: pass losses=, a tensor [K]"
-                )
-            if not isinstance(losses, Tensor):
-                raise TypeError(f"MGDA: expected losses as a tensor [K], found {type(losses).__name__}")
-            if losses.shape not in (gram.shape[:-1], gram.shape[-1:]):
-                raise ValueError(f"MGDA: expected losses of shape [{gram.shape[-1]}], found {list(losses.shape)}")
-            scale = scale * _positive_or_one(losses.detach().to(gram.device, torch.float64))
+            values = loss_values(f"MGDA(normalize={self.normalize!r})", gram, losses)
+            scale = scale * _positive_or_one(values)
         return scale
 
 

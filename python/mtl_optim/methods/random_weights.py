@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 import mtl_kernels
-from mtl_kernels import Solution
-from mtl_kernels.rng import philox
+from mtl_kernels import SolverCall
+from mtl_kernels.solvers.random_weights import random_options
 
-from .base import About, Method, check_active, check_choice, check_gram, check_seed
-from .shares import equal_shares, finite_among
-
-_WORD = 0xFFFFFFFF
-_FIRST_BLOCK = 4096
-"""The counter's last word starts here: PCGrad's orders of 128 tasks end below it, so no two draws share a word."""
+from .base import About, Method, check_choice, check_seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,41 +49,10 @@ class RandomWeights(Method):
         )
         check_seed("RandomWeights", self.seed)
 
-    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
-        """Random weights >= 0 with sum 1 over the active tasks, drawn apart for every problem; see `Method.solve`."""
-        check_gram("RandomWeights", gram)
-        check_active("RandomWeights", gram, active)
-        rng = self._rng(gram.device)
-        u, v = _uniform_pair(rng, gram.shape[:-1])
-        rng[1].add_(1)
-        if self.distribution == "normal":
-            z = (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()  # Box and Muller
-            share = z.exp()  # |z| < 9: exp needs no shift
-        elif self.distribution == "uniform":
-            share = u
-        elif self.distribution == "dirichlet":
-            share = -u.log()
-        else:
-            share = (u < 0.5).double()
-        equal = equal_shares(gram, active)
-        share = torch.where(equal > 0, share, 0.0)
-        total = share.sum(-1, keepdim=True)
-        drawn = finite_among(gram, active) & (total > 0)
-        return Solution(torch.where(drawn, share / total, equal))
+    def solver_call(self, device: torch.device) -> SolverCall:
+        """Solver "random_weights": weights >= 0 with sum 1 over the active tasks, drawn apart for every problem."""
+        options = random_options(self.distribution)
+        return SolverCall("random_weights", options, rng=self._rng(device), advance_rng=True, certified=False)
 
     def _rng(self, device: torch.device) -> Tensor:
         return self._kept("rng", device, lambda: mtl_kernels.rng_state(self.seed, device=device))
-
-
-def _uniform_pair(rng: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Two independent numbers per task, strictly between 0 and 1, float64 of ``shape`` ``[..., K]``.
-
-    The four words of counter (step, problem, 4096 + task) make two of 52 bits and a half each.
-    """
-    seed, step = rng[0], rng[1]
-    num_problems, num_tasks = math.prod(shape[:-1]), shape[-1]
-    problem = torch.arange(num_problems, device=rng.device).view(-1, 1) & _WORD
-    task = torch.arange(_FIRST_BLOCK, _FIRST_BLOCK + num_tasks, device=rng.device)
-    words = philox((step & _WORD, (step >> 32) & _WORD, problem, task), (seed & _WORD, (seed >> 32) & _WORD)) >> 6
-    pair = ((words[..., 0::2] * 2**26 + words[..., 1::2]).double() + 0.5) * 2.0**-52
-    return pair[..., 0].reshape(shape), pair[..., 1].reshape(shape)

@@ -14,6 +14,7 @@ import mtl_kernels
 from mtl_kernels import Solution
 
 from .base import About, Method, check_active, check_choice, check_gram
+from .rows import RowMethod
 from .shares import equal_shares, finite_among
 
 _INNER = "method."
@@ -30,7 +31,8 @@ class Wrapper(Method):
         method: the method that is wrapped, an instance.
 
     Raises:
-        TypeError: it is no method.
+        TypeError: it is no method, or one that needs the rows.
+        ValueError: it takes several batches a step.
     """
 
     method: Method
@@ -41,6 +43,21 @@ class Wrapper(Method):
                 f"{type(self).__name__}: expected a method such as MGDA(), found {self.method!r}; of a name, "
                 "methods.get(name)() makes one"
             )
+        if self.method.num_batches > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {type(self.method).__name__} goes by the products of two batches, which are "
+                "no Gram matrix, and its weights change slowly by themselves; use it without a wrapper"
+            )
+        if isinstance(self.method, RowMethod):
+            raise TypeError(
+                f"{type(self).__name__}: {type(self.method).__name__} needs the rows themselves, and a wrapped method "
+                "is given their Gram matrix; use it by itself"
+            )
+
+    @property
+    def refresh_every(self) -> int:
+        """That of the wrapped method."""
+        return self.method.refresh_every
 
     @property
     def needs_losses(self) -> bool:
@@ -54,7 +71,18 @@ class Wrapper(Method):
 
     def bound_to(self: _W, tasks: tuple[str, ...]) -> _W:
         """A wrapper, with this one's state, of the wrapped method bound to the tasks; see `Method.bound_to`."""
-        method = self.method.bound_to(tasks)
+        return self._around(self.method.bound_to(tasks))
+
+    @property
+    def needs_heads(self) -> bool:
+        """Whether the wrapped method does."""
+        return self.method.needs_heads
+
+    def with_heads(self: _W, norms: Tensor) -> _W:
+        """A wrapper, with this one's state, of the wrapped method told of the heads; see `Method.with_heads`."""
+        return self._around(self.method.with_heads(norms))
+
+    def _around(self: _W, method: Method) -> _W:
         if method is self.method:
             return self
         bound = dataclasses.replace(self, method=method)
@@ -107,7 +135,7 @@ class Normalized(Wrapper):
             they are.
 
     Raises:
-        TypeError: it is no method.
+        TypeError, ValueError: it is no method, or one that takes several batches a step.
     """
 
     name: ClassVar[str] = "normalized"
@@ -155,7 +183,8 @@ class CRMOGM(Wrapper):
     have to be reached in every step. There is no certificate: the average does not solve the wrapped method's problem.
 
     Raises:
-        TypeError, ValueError: no method, alpha is not a number in [0, 1], or an unknown start.
+        TypeError, ValueError: no method, one that takes several batches a step, alpha is not a number in [0, 1], or an
+            unknown start.
     """
 
     name: ClassVar[str] = "crmogm"
@@ -208,12 +237,6 @@ class CRMOGM(Wrapper):
 
     def _weights(self, gram: Tensor) -> Tensor:
         """``state["weights"]`` on the device of ``gram``; nan, not known yet, at the first call."""
-        weights = self.state.get("weights")
-        if weights is not None and weights.shape != gram.shape[:-1]:
-            raise ValueError(
-                f"CRMOGM keeps weights of shape {list(weights.shape)} and was given a problem of "
-                f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state of "
-                "that shape"
-            )
-        new = functools.partial(torch.full, gram.shape[:-1], torch.nan, dtype=torch.float64, device=gram.device)
-        return self._kept("weights", gram.device, new)
+        shape = gram.shape[:-1]
+        new = functools.partial(torch.full, shape, torch.nan, dtype=torch.float64, device=gram.device)
+        return self._kept("weights", gram.device, new, shape)

@@ -19,8 +19,9 @@ class Report:
 
     Attributes:
         tasks: the K task names, in the order of the rows.
-        gram: float64 ``[K, K]`` or ``[S, K, K]``.
-        weights: float64 ``[K]`` or ``[S, K]``, of the original rows.
+        gram: float64 ``[K, K]`` or ``[S, K, K]``; of the last batch, where a step takes several.
+        weights: float64 ``[K]`` or ``[S, K]``, of the original rows; None for methods whose combination has none
+            (`GradDrop`, `TrimmedMean`). Those of `MoCo` and `DBMTL` are of the averages that they keep.
         mask: `active` itself, which later steps and captured graphs go on reading: not to be written to.
         certificate: float64 ``[2]`` or ``[S, 2]``, `gap` and `iterations`; None for methods without one.
         problems: the S param group indices, or indices of parameters (counting those combined, in the order
@@ -30,7 +31,7 @@ class Report:
 
     tasks: tuple[str, ...]
     gram: Tensor
-    weights: Tensor
+    weights: Tensor | None
     mask: Tensor
     certificate: Tensor | None = None
     problems: tuple[int, ...] = ()
@@ -38,7 +39,7 @@ class Report:
 
     @property
     def active(self) -> Tensor:
-        """The tasks that reached a shared parameter of the problem: bool, shaped like ``weights``, a copy.
+        """The tasks that reached a shared parameter of the problem: bool ``[K]`` or ``[S, K]``, a copy.
 
         Where no parameter was shared, the tasks that were present (weight 1).
         """
@@ -80,13 +81,14 @@ class Report:
         if gram.dim() == 3:
             lines.append(f"{gram.shape[0]} problems: norms and cosines over all, weights averaged")
             count = self.mask.sum(0).clamp(min=1)
-            gram, weights = gram.sum(0), (weights * self.mask).sum(0) / count
+            gram, weights = gram.sum(0), None if weights is None else (weights * self.mask).sum(0) / count
+        shown = ["none"] * len(self.tasks) if weights is None else [f"{weight:.4g}" for weight in weights.tolist()]
         norms, cosines = mtl_kernels.norms(gram).tolist(), mtl_kernels.cosines(gram).tolist()
         width = max(4, *(len(name) for name in self.tasks))
         lines.append(f"{'task':<{width}}  {'norm':>10}  {'weight':>10}  cosines")
-        for name, norm, weight, row in zip(self.tasks, norms, weights.tolist(), cosines, strict=True):
+        for name, norm, weight, row in zip(self.tasks, norms, shown, cosines, strict=True):
             values = " ".join(f"{value:+.2f}" for value in row)
-            lines.append(f"{name:<{width}}  {norm:>10.4g}  {weight:>10.4g}  {values}")
+            lines.append(f"{name:<{width}}  {norm:>10.4g}  {weight:>10}  {values}")
         if self.gap is not None and self.iterations is not None and self.gap.numel():
             worst, most = float(self.gap.max()), int(self.iterations.max())
             lines.append(f"duality gap {worst:.3g} after {most} iterations")

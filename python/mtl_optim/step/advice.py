@@ -96,9 +96,9 @@ class Advice:
         if names:
             self.once(
                 "zero",
-                f"the gradient of task {', '.join(names)} is zero (all targets ignored, or a loss times 0?), which is "
-                "the least norm there is: the shared parameters get no gradient in such a step. "
-                'MGDA(zero_rows="skip") leaves such tasks out, and so does not passing their loss',
+                f"the gradient of task {', '.join(names)} is zero (all targets ignored, or a loss times 0?): no step "
+                "descends it, and the shared parameters get no gradient in such a step. Not passing the loss leaves "
+                'such a task out, and so does MGDA(zero_rows="skip")',
             )
 
 

@@ -14,15 +14,16 @@ class TaskBlock:
     """Captures what ``.backward()`` leaves in ``.grad`` inside the block as the row of one task.
 
     Attributes:
-        name: of the task. accumulate: whether to add to a row that is there.
+        name: of the task. accumulate: whether to add to a row that is there. batch: which of the step's batches it is.
         loss: the value of the loss, for methods that need it (``MGDA(normalize="loss")``); set it inside the
             block. With several micro-batches the values add up, as the gradients do.
     """
 
-    def __init__(self, step: Blocks, name: str, accumulate: bool) -> None:
+    def __init__(self, step: Blocks, name: str, accumulate: bool, batch: int = 0) -> None:
         self._step = step
         self.name = name
         self.accumulate = accumulate
+        self.batch = batch
         self.loss: Tensor | None = None
 
     def __enter__(self) -> TaskBlock:

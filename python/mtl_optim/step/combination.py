@@ -17,6 +17,7 @@ from ..cuda_graphs import capturing, refuse_capture
 from ..monitor.report import Report
 from ..options import Options
 from .parameters import Parameters
+from .transform import learned_parameters
 
 _MASKS_KEPT = 64
 
@@ -44,15 +45,23 @@ class Combiner:
         self._masks: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
         self._in_graph = False  # a captured graph goes on reading the masks it was captured with
         self._heads = WeakIdKeyDictionary()
+        self._not_heads = set(map(id, learned_parameters(options.transform)))
 
     def __call__(
-        self, tasks: tuple[str, ...], rows: Sequence[Row], parameters: Parameters, losses: Tensor | None
+        self,
+        tasks: tuple[str, ...],
+        rows: Sequence[Row],
+        parameters: Parameters,
+        losses: Tensor | None,
+        earlier: Sequence[Sequence[Row]] = (),
     ) -> Combined:
         """Combines K rows over P parameters, writing into the rows.
 
         Args:
             rows: one per task, all None for an absent task.
             losses: ``[K]`` for methods that need them.
+            earlier: rows of the step's other batches, for methods that take several; ``rows`` are those of the last,
+                which alone say what is shared.
         """
         options, method = self._options, self._options.method.bound_to(tasks)
         group_of = parameters.group_of
@@ -62,26 +71,34 @@ class Combiner:
             shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
         together = set(shared)
         owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
+        if method.needs_heads and shared:
+            method = method.with_heads(self._head_norms(tasks, rows, owner, parameters.managed))
         grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
         if not shared:
             return Combined(grads, owner, self._nothing_shared(tasks, rows))
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
-        table = RowTable([[as_real(row[p]) for p in shared] for row in rows], captured=True)
+        batches = (*earlier, rows)
+        tables = [RowTable([[as_real(row[p]) for p in shared] for row in batch], captured=True) for batch in batches]
+        table = tables[-1]
         kernel_groups = None if options.granularity == "model" else groups
         mask = self._mask(pattern, table.device)
         active = mask[0] if options.granularity == "model" else mask
         everyone = all(map(all, pattern))
-        gram, weights, certificate = method.weigh(
-            table, groups=kernel_groups, losses=losses, active=None if everyone else active
+        found = method.combine(
+            tables,
+            groups=kernel_groups,
+            losses=losses,
+            active=None if everyone else active,
+            out=table.like,
+            places=[parameters.places[p] for p in shared],
         )
-        combined = mtl_kernels.combine(table, weights, out=table.like, groups=kernel_groups)
-        for p, grad in zip(shared, combined, strict=True):
+        for p, grad in zip(shared, found.combined, strict=True):
             grads[p] = torch.view_as_complex(grad) if parameters.managed[p].is_complex() else grad
-        if options.head_scaling == "weights":
+        if options.head_scaling == "weights" and found.weights is not None:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
-            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], weights, active)
-        report = Report(tasks, gram, weights, active, certificate, problems)
+            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, active)
+        report = Report(tasks, found.gram, found.weights, active, found.certificate, problems)
         return Combined(grads, owner, report)
 
     def _shared(
@@ -99,7 +116,30 @@ class Combiner:
                 elif tasks:
                     self._heads.pop(param, None)
             return None
-        return [p for p, tasks in enumerate(reached_by) if tasks and self._heads.get(params[p]) != names[tasks[0]]]
+        found = [p for p, tasks in enumerate(reached_by) if tasks and self._heads.get(params[p]) != names[tasks[0]]]
+        if self._options.method.needs_heads and len(found) == sum(map(bool, reached_by)):
+            return None  # no head to go by
+        return found
+
+    def _head_norms(
+        self, tasks: tuple[str, ...], rows: Sequence[Row], owner: Sequence[int | None], managed: Sequence[Tensor]
+    ) -> Tensor:
+        """The norm of each task's gradient for the parameters that it alone reaches, float64 ``[K]``.
+
+        Raises:
+            ValueError: a task that reaches anything reaches no such parameter.
+        """
+        heads = [p for p, k in enumerate(owner) if k is not None and id(managed[p]) not in self._not_heads]
+        owned = {owner[p] for p in heads}
+        for k, row in enumerate(rows):
+            if k not in owned and any(grad is not None for grad in row):
+                raise ValueError(
+                    f"{self._options.method!r} goes by the gradient of each task's head, and task {tasks[k]!r} reaches "
+                    "no parameter of its own; heads in param groups with mtl=False are not seen. GradNormBalance() "
+                    "takes no heads"
+                )
+        table = RowTable([[as_real(row[p]) if owner[p] == k else None for p in heads] for k, row in enumerate(rows)])
+        return mtl_kernels.norms(mtl_kernels.gram(table))
 
     def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
         """The problem of each shared parameter, and what the problems stand for."""

@@ -88,7 +88,7 @@ def stack_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: tor
     return torch.stack([losses[name].to(device) if name in losses else absent for name in tasks])
 
 
-def reaches_nothing(name: str) -> ValueError:
+def reaches_nothing(name: object) -> ValueError:
     """The error for a loss without a gradient for any parameter of the optimizer."""
     return ValueError(
         f"loss {name!r} reaches none of the parameters of the optimizer: was backward() called, are its parameters in "

@@ -13,11 +13,13 @@ class Parameters(NamedTuple):
 
     Attributes:
         managed: those whose gradients are combined. group_of: the param group of each of them.
+        places: the place of each of them among all parameters of the optimizer, which freezing one does not change.
         others: those of groups with mtl=False.
     """
 
     managed: list[Tensor]
     group_of: list[int]
+    places: list[int]
     others: list[Tensor]
 
 
@@ -27,13 +29,17 @@ def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
     Raises:
         ValueError: none requires grad, or the managed ones are on several devices.
     """
-    found = Parameters([], [], [])
+    found = Parameters([], [], [], [])
+    begin = 0
     for g, group in enumerate(groups):
         # By identity: a tied weight that a group lists twice has one gradient.
-        wanted = list({id(param): param for param in group["params"] if param.requires_grad}.values())
+        place = {id(param): (begin + n, param) for n, param in enumerate(group["params"]) if param.requires_grad}
+        begin += len(group["params"])
+        wanted = [param for _, param in place.values()]
         if group.get("mtl", True):
             found.managed.extend(wanted)
             found.group_of.extend([g] * len(wanted))
+            found.places.extend(n for n, _ in place.values())
         else:
             found.others.extend(wanted)
     if not found.managed and not found.others:

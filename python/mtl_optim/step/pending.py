@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from ..capture.grads import Row, same_tensors
+from ..capture.grads import BatchOfTask, Row, RowKey, same_tensors
 from ..capture.protocol import Capture
 from ..warn import warn_user
 from .lazy import LazyGrad, stand_aside, stand_in
@@ -15,19 +15,19 @@ from .parameters import Parameters
 
 
 class Pending:
-    """Rows by task name, over one list of parameters.
+    """Rows by task name, or task and batch, over one list of parameters.
 
     Args:
         capture: how a backward pass becomes a row.
         combine: what somebody who looks at a gradient before its combination calls.
 
     Attributes:
-        rows: one per task. losses: the values of their losses, for methods that need them.
+        rows: one per task and batch. losses: the values of their losses, for methods that need them.
         accumulating: whether `backward` may add to the rows without being asked to.
     """
 
     def __init__(self, capture: Capture, combine: Callable[[], None]) -> None:
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[RowKey, Row] = {}
         self.losses: dict[str, Tensor] = {}
         self.accumulating = False
         self._params: list[Tensor] = []
@@ -41,17 +41,17 @@ class Pending:
         self.rows, self.losses, self.accumulating, self._params, self._lazy = {}, {}, False, [], []
         self._capture.forget()
 
-    def keep(self, rows: dict[str, Row], losses: dict[str, Tensor], params: list[Tensor]) -> None:
+    def keep(self, rows: dict[RowKey, Row], losses: dict[str, Tensor], params: list[Tensor]) -> None:
         """Replaces what is kept; ``.grad`` then stands for the combination to come."""
         self.rows, self.losses, self._params = rows, losses, params
         self._lazy = stand_in(params, list(rows.values()), self._combine)
 
-    def check_new(self, name: str) -> None:
-        """Raise RuntimeError if the task has a row already."""
-        if name in self.rows:
+    def check_new(self, key: RowKey) -> None:
+        """Raise RuntimeError if there is such a row already."""
+        if key in self.rows:
+            another = "batch= of another one" if isinstance(key, BatchOfTask) else "combine() first"
             raise RuntimeError(
-                f"task {name!r} was already captured in this step; pass accumulate=True to add to it, or "
-                "combine() first"
+                f"task {key!r} was already captured in this step; pass accumulate=True to add to it, or {another}"
             )
 
     def check_params(self, params: Sequence[Tensor]) -> None:
@@ -86,23 +86,23 @@ class Pending:
         )
         self.clear()
 
-    def prepare(self, tasks: Sequence[str], params: Sequence[Tensor]) -> None:
+    def prepare(self, tasks: Sequence[RowKey], params: Sequence[Tensor]) -> None:
         """Makes ready for rows of these tasks; see `Capture.prepare`."""
         self._capture.prepare(tasks, params)
 
-    def open(self, name: str, params: Sequence[Tensor], previous: Row | None) -> None:
+    def open(self, key: RowKey, params: Sequence[Tensor], previous: Row | None) -> None:
         """Sets ``.grad`` for a pass of the task, on top of its row so far."""
-        self._capture.open(name, params, previous)
+        self._capture.open(key, params, previous)
 
-    def take(self, name: str, parameters: Parameters, previous: Row | None, outside: Sequence[Tensor]) -> Row:
+    def take(self, key: RowKey, parameters: Parameters, previous: Row | None, outside: Sequence[Tensor]) -> Row:
         """The row now in ``.grad``; see `Capture.take`. Raise ValueError if nothing at all was reached."""
         others = [*parameters.others, *outside]
         row = self._capture.take(parameters.managed, previous, others)
         if all(grad is None for grad in row) and all(param.grad is None for param in parameters.others):
-            raise reaches_nothing(name)
+            raise reaches_nothing(key)
         return row
 
-    def check_rows(self, rows: Mapping[str, Row]) -> None:
+    def check_rows(self, rows: Mapping[RowKey, Row]) -> None:
         """Raise RuntimeError if one is not what was captured; see `Capture.check`."""
         self._capture.check(rows)
 

@@ -37,9 +37,11 @@ class Reusable:
     params: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def of(cls, combined: Combined, present: Sequence[str], managed: Sequence[Tensor]) -> Reusable:
-        """What a step leaves behind; it had one problem over the whole model."""
+    def of(cls, combined: Combined, present: Sequence[str], managed: Sequence[Tensor]) -> Reusable | None:
+        """What a step leaves behind, if it had weights; it had one problem over the whole model."""
         report = combined.report
+        if report.weights is None:
+            return None
         index = [report.tasks.index(name) for name in present]
         position = {k: i for i, k in enumerate(index)}
         weights = torch.where(report.mask, report.weights, 1.0)

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..capture import CAPTURES
-from ..capture.grads import Isolation, Row, add_grads
+from ..capture.grads import Isolation, Row, RowKey, add_grads
 from ..capture.passes import run_backward
 from ..cuda_graphs import refuse_capture
 from ..distributed.local import check_single_rank
 from ..options import Options
 from .advice import Advice
+from .batches import Batches
 from .block import TaskBlock
 from .combination import Combined, Combiner
 from .lazy import held, hold, stand_aside
@@ -28,6 +29,7 @@ from .pending import Pending
 from .progress import Progress
 from .refresh import Reusable
 from .surroundings import ADDS_ELSEWHERE, Surroundings
+from .transform import tell_norms, transformed
 
 _ALIVE: weakref.WeakSet[TrainingStep] = weakref.WeakSet()
 """All of this process: what one combines, another should not add to."""
@@ -66,33 +68,38 @@ class TrainingStep:
         self._optimizers = optimizers
         self._advice = Advice(told)
         self._combiner = Combiner(options)
+        self.batches = Batches.of(options.method)
         self._surroundings = Surroundings()
         self._open: OpenBlock | None = None
         _ALIVE.add(self)
 
-    def backward(self, losses: object, accumulate: bool, retain_graph: bool) -> None:
+    def backward(self, losses: object, accumulate: bool, retain_graph: bool, batch: int = 0) -> None:
         """See `MultiTaskOptimizer.backward`."""
         self.check_idle("backward()")
+        self.batches.check(batch)
         check_single_rank()
-        if (every := self.options.refresh_every) > 1:
+        if (every := self.options.every) > 1:
             refuse_capture(f"refresh_every={every} decides on the host", "use refresh_every=1")
-        named = named_losses(losses)
-        if is_stacked(losses):
-            self._advice.once(
-                "stacked",
-                "the losses were stacked into one tensor, through which each task reaches every parameter "
-                "(with zeros), so that heads count as shared; pass them as a list or dict",
-            )
+        named, stacked = named_losses(losses), is_stacked(losses)
         tasks = self.tasks_with(named)
         parameters = self.parameters()
         self._check_continues("backward()", parameters)
         if not accumulate and not self.pending.accumulating:
             for name in named:
-                self.pending.check_new(name)
+                self.pending.check_new(self.batches.key(name, batch))
+        if self.options.transform is not None:
+            named, restacked = transformed(self.options.transform, named, tasks, isinstance(losses, Mapping))
+            stacked = stacked or restacked
+        if stacked:
+            self._advice.once(
+                "stacked",
+                "the losses were stacked into one tensor, through which each task reaches every parameter "
+                "(with zeros), so that heads count as shared; pass them as a list or dict",
+            )
         self._surroundings.look(named, parameters, self._keeps, _combined_elsewhere(self))
         self._advice.findings(self._surroundings.findings)
         if accumulate or not self._run_weighted(named, parameters, retain_graph):
-            self._run_each(named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping))
+            self._run_each(named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping), batch)
 
     def _run_each(
         self,
@@ -102,39 +109,43 @@ class TrainingStep:
         accumulate: bool,
         retain_graph: bool,
         names_given: bool,
+        batch: int,
     ) -> None:
         """One pass a loss, each a row; then the combination, unless more are to come."""
-        managed, pending = parameters.managed, self.pending
-        pending.prepare(tasks, managed)
+        managed, pending, batches = parameters.managed, self.pending, self.batches
+        pending.prepare([batches.key(name, batch) for name in tasks], managed)
         outside = self._surroundings.leaves()
-        inputs = [*managed, *parameters.others] if self._keeps else None
+        keeps = self._keeps or (outside and not batches.is_last(batch))
+        inputs = [*managed, *parameters.others] if keeps else None
         isolation = Isolation(managed, parameters.others)
         rows, versions = dict(pending.rows), pending.versions()
         try:
             for k, (name, loss) in enumerate(named.items()):
-                previous = rows.get(name)
-                pending.open(name, managed, previous)
+                key = batches.key(name, batch)
+                previous = rows.get(key)
+                pending.open(key, managed, previous)
                 keep = retain_graph or k < len(named) - 1
                 run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inputs))
-                rows[name] = pending.take(name, parameters, previous, outside)
-            values = pending.losses_with(named) if self.options.method.needs_losses else {}
-            combined = None if accumulate else self._combined(tasks, rows, values, parameters, names_given)
+                rows[key] = pending.take(key, parameters, previous, outside)
+            values = self._losses_with(named, batch) if self.options.method.needs_losses else {}
+            more = accumulate or batches.number > 1
+            combined = None if more else self._combined(tasks, rows, values, parameters, names_given)
         except BaseException:
             isolation.undo()
             pending.after_failure(versions)
             raise
-        isolation.finish()
+        isolation.finish(keep_others=not batches.is_last(batch))
         self.progress.tasks = tasks
         if combined is None:
             pending.keep(rows, values, managed)
-            pending.accumulating = True
+            pending.accumulating = batches.number == 1
         else:
-            self._hand_over(combined, list(rows), managed)
+            self._hand_over(combined, batches.tasks(rows), managed)
 
     def _run_weighted(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
         last, managed, pending = self.progress.reusable, parameters.managed, self.pending
-        if last is None or pending.rows or not last.serves(named, managed, self.options.refresh_every):
+        if last is None or pending.rows or not last.serves(named, managed, self.options.every):
             return False
         if (dtype := last.too_coarse(named)) is not None:
             self._advice.once(
@@ -177,23 +188,24 @@ class TrainingStep:
         what = f"task({block.name!r})"
         self.check_idle(what)
         check_single_rank()
-        parameters, pending = self.parameters(), self.pending
+        parameters, pending, key = self.parameters(), self.pending, self.batches.key(block.name, block.batch)
         self._check_continues(what, parameters)
         if not block.accumulate:
-            pending.check_new(block.name)
+            pending.check_new(key)
         managed = parameters.managed
-        pending.prepare(self.tasks_with([block.name]), managed)
+        pending.prepare([self.batches.key(name, block.batch) for name in self.tasks_with([block.name])], managed)
         outside, elsewhere = self._surroundings.leaves(), _combined_elsewhere(self)
         versions, isolation = pending.versions(), Isolation(managed, parameters.others)
         try:
-            pending.open(block.name, managed, pending.rows.get(block.name))
+            pending.open(key, managed, pending.rows.get(key))
         except BaseException:
             isolation.undo()
             raise
-        around = [*outside, *elsewhere] if self._keeps else elsewhere
+        keeps = self._keeps or not self.batches.is_last(block.batch)
+        around = [*outside, *elsewhere] if keeps else elsewhere
         before = [(param, grad := held(param), _version(grad)) for param in around]
         self._open = OpenBlock(block, parameters, outside, isolation, versions, before)
-        if self._keeps:
+        if keeps:
             for param in around:
                 hold(param, None)
 
@@ -204,11 +216,11 @@ class TrainingStep:
             raise RuntimeError("this task block is not the open one")
         self._open = None
         self._look_around(opened)
-        pending, name = self.pending, block.name
+        pending, name, key = self.pending, block.name, self.batches.key(block.name, block.batch)
         try:
             if failed:
                 return
-            row = pending.take(name, opened.parameters, pending.rows.get(name), opened.outside)
+            row = pending.take(key, opened.parameters, pending.rows.get(key), opened.outside)
             tasks = self.tasks_with([name])
             if self.options.method.needs_losses and block.loss is None:
                 raise ValueError(
@@ -217,10 +229,10 @@ class TrainingStep:
                 )
             if block.loss is not None:
                 check_loss_value(name, block.loss)
-            losses = pending.losses_with({} if block.loss is None else {name: block.loss})
-            opened.isolation.finish()
+            losses = self._losses_with({} if block.loss is None else {name: block.loss}, block.batch)
+            opened.isolation.finish(keep_others=not self.batches.is_last(block.batch))
             self.progress.tasks = tasks
-            pending.keep({**pending.rows, name: row}, losses, opened.parameters.managed)
+            pending.keep({**pending.rows, key: row}, losses, opened.parameters.managed)
             opened.done = True
         finally:
             if not opened.done:
@@ -229,7 +241,7 @@ class TrainingStep:
 
     def _look_around(self, opened: OpenBlock) -> None:
         """Puts gradients outside the optimizer back, or warns of what was added to those that another one combines."""
-        if self._keeps:
+        if self._keeps or not self.batches.is_last(opened.block.batch):
             for param, grad, _ in opened.around:
                 hold(param, grad)
         elif any(held(param) is not grad or _version(grad) != version for param, grad, version in opened.around):
@@ -251,7 +263,7 @@ class TrainingStep:
             raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
         pending = self.pending
         combined = self._combined(self.progress.tasks, pending.rows, pending.losses, parameters, True)
-        self._hand_over(combined, list(pending.rows), parameters.managed)
+        self._hand_over(combined, self.batches.tasks(pending.rows), parameters.managed)
 
     def _combine_early(self) -> None:
         """Combines because somebody looks at a gradient."""
@@ -303,6 +315,10 @@ class TrainingStep:
         """Whether gradients outside the optimizer are left as they are."""
         return self.options.outside == "keep"
 
+    def _losses_with(self, named: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
+        """The loss values of the step's last batch, with those of ``named``."""
+        return self.pending.losses_with(named if self.batches.is_last(batch) else {})
+
     def _combined_by_a_look(self, parameters: Parameters) -> bool:
         """Whether somebody who read a gradient had the rows of this step combined, and the result is still there."""
         return self.progress.read_early and any(param.grad is not None for param in parameters.managed)
@@ -322,23 +338,27 @@ class TrainingStep:
     def _combined(
         self,
         tasks: tuple[str, ...],
-        rows: Mapping[str, Row],
+        rows: Mapping[RowKey, Row],
         losses: Mapping[str, Tensor],
         parameters: Parameters,
         names_given: bool,
     ) -> Combined:
         self.pending.check_rows(rows)
-        if len(rows) == 1:
-            self._advice.lone_task(next(iter(rows)), tasks, names_given)
-        self._advice.packed(rows, parameters.managed)
+        batches = self.batches.split(rows)
+        last = batches[-1]
+        if len(last) == 1:
+            self._advice.lone_task(next(iter(last)), tasks, names_given)
+        self._advice.packed(last, parameters.managed)
         method = self.options.method
         absent: Row = [None] * len(parameters.managed)
         values = None
         if method.needs_losses:
             device = next((param.device for param in parameters.managed), torch.device("cpu"))
             values = stack_losses(losses, tasks, device)
+        *earlier, found = [[batch.get(name, absent) for name in tasks] for batch in batches]
         with torch.no_grad():
-            combined = self._combiner(tasks, [rows.get(name, absent) for name in tasks], parameters, values)
+            combined = self._combiner(tasks, found, parameters, values, earlier)
+        tell_norms(self.options.transform, combined.report, list(last))
         if method.stops_at_zero_rows:
             self._advice.zero_rows(combined.report)
         return combined
@@ -356,7 +376,7 @@ class TrainingStep:
         progress.report = combined.report
         progress.has_gradient = True
         progress.reusable = None
-        if self.options.refresh_every > 1:
+        if self.options.every > 1:
             progress.reusable = Reusable.of(combined, present, managed)
 
 

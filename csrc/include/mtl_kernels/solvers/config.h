@@ -19,6 +19,7 @@ struct Config {
   static constexpr int num_options = 2;
   static constexpr bool independent_rows = true;
   MTL_HD static bool needs_rng(const double*) { return false; }
+  MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return UnitRows<SerialTeam>::scratch_doubles(num_tasks);

@@ -22,6 +22,7 @@ struct ImtlG {
   static constexpr int num_options = 1;
   static constexpr bool independent_rows = true;
   MTL_HD static bool needs_rng(const double*) { return false; }
+  MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return UnitRows<SerialTeam>::scratch_doubles(num_tasks);

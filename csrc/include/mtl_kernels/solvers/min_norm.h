@@ -29,6 +29,7 @@ struct MinNorm {
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return Wolfe<SerialTeam, false>::scratch_doubles(num_tasks);
   }
+  MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 
   template <class Team>
   MTL_HD static void solve(const Team& team, const Problem& p) {

@@ -28,6 +28,7 @@ struct Pcgrad {
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
     return static_cast<std::size_t>(num_tasks) * static_cast<std::size_t>(num_tasks);
   }
+  MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 
   template <class Team>
   MTL_HD static void solve(const Team& team, const Problem& p) {
