@@ -33,6 +33,7 @@ class Case(NamedTuple):
 
 
 CASES = [
+    *(Case("cagrad", options) for options in ((0.4, 0.0, 0.0), (2.0, 1.0, 1.0), (0.0, 2.0, 0.0))),
     *(Case("fairgrad", (alpha,), power=-2 * alpha / (1 + alpha)) for alpha in (0.0, 0.1, 0.5, 1.0, 2.0, 100.0)),
     Case("krum", (0.0, 1.0)),
     Case("krum", (1.0, 2.0)),
