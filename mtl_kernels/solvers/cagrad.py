@@ -44,9 +44,9 @@ def cagrad_weights(
         backend: see `mtl_kernels.use_backend`.
 
     Returns:
-        `Solution`: weights >= 0; gap = F(w_in) - min_j g_j'd over active j, with d before it is rescaled, in units of G,
-        which certifies F(w_in) - optimum <= gap; iterations. J'w_in counts as zero where w'Gw is rounding of G:
-        <= 8 K_active eps (sum_k w_k n_k)^2. Where w_in is not unique d is, unless c >= 1 and d = 0.
+        `Solution`: weights >= 0; gap = F(w_in) - min_j g_j'd over active j, of d before it is rescaled, in units of G,
+        which certifies F(w_in) - optimum <= gap; iterations. J'w_in counts as zero where w'Gw is rounding of G, at most
+        8 K_active eps (sum_k w_k n_k)^2. Dependent rows may share the weights in more ways than one; d is the same.
 
     Raises:
         ValueError, TypeError: an unknown rescale or scale, c negative or not finite, or tensors of the wrong shape,
@@ -107,19 +107,18 @@ def _correction(gram: Tensor, c: float) -> tuple[Tensor | None, float, int]:
         below = value * n.min() - (b + cosines @ v) * n
         return float(below.max().clamp(min=0)) * unit / scale
 
-    shortest, nearest = (_least_distance(matrix, target, torch.zeros_like(b)) for target in (a, -b))
-    stationary = not there.all() or a @ shortest <= 2 * ridge * shortest.sum() ** 2
+    shortest, nearest = (_least_distance(matrix, target, torch.zeros_like(b)) for target in (torch.ones_like(b), -b))
+    stationary = not there.all() or 1 <= 2 * ridge * shortest.sum()  # 1 / sum v: the least v'Cv where sum v = 1
     reached = nearest @ matrix @ nearest <= p * p  # t = 0, which where the rows are stationary is all there is
     if reached and stationary:
         return None, gap_of(nearest, 0.0), 0
     t, v = ((b + p * math.sqrt(1 + ridge)) / a).min() if reached else torch.zeros_like(square), nearest
-    for iterations in range(1, 101):
+    step, iterations = torch.full_like(t, math.inf), 0
+    while step > _EPSILON * t.abs() and iterations < 100:
         v = _least_distance(matrix, t * a - b, v)
         length = (v @ matrix @ v).sqrt()
         step = length * (length - p) / (a @ v)
-        if not step > _EPSILON * t.abs():
-            break
-        t = t - step
+        t, iterations = t - step, iterations + 1
     inside = v > 0
     best = math.inf
     for _ in range(3):  # the ridge taken out again

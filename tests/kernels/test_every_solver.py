@@ -35,6 +35,7 @@ class Case(NamedTuple):
 CASES = [
     Case("aligned_mtl", (0.0, 0.0)),
     Case("aligned_mtl", (1.0, 0.0), inputs=True),
+    *(Case("cagrad", options) for options in ((0.4, 0.0, 0.0), (2.0, 1.0, 1.0), (0.0, 2.0, 0.0))),
     Case("config", (0.0, 0.0)),
     Case("config", (4.0, 0.0), inputs=True),
     Case("dualproj", (1e-4,)),

@@ -147,8 +147,6 @@ void test_solve() {
                                 {"aligned_mtl", {1, 1e-9}},
                                 {"config", {3, 0}},
                                 {"imtl_g", {0}},
-                                {"nash_mtl", {1, 0}},
-                                {"fairgrad", {2}},
                                 {"cagrad", {0.4, 0, 0}},
                                 {"random_weights", {0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
