@@ -35,6 +35,8 @@ class Case(NamedTuple):
 CASES = [
     *(Case("cagrad", options) for options in ((0.4, 0.0, 0.0), (2.0, 1.0, 1.0), (0.0, 2.0, 0.0))),
     *(Case("fairgrad", (alpha,), power=-2 * alpha / (1 + alpha)) for alpha in (0.0, 0.1, 0.5, 1.0, 2.0, 100.0)),
+    Case("gradvac", (1.0, 0.0, 0.5)),
+    Case("gradvac", (0.0, 1.0, 0.01)),
     Case("krum", (0.0, 1.0)),
     Case("krum", (1.0, 2.0)),
     Case("min_norm", (0.0, 0.0, 0.0)),
