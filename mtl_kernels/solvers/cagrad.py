@@ -93,15 +93,19 @@ def _correction(gram: Tensor, c: float) -> tuple[Tensor | None, float, int]:
     scale = float(torch.ldexp(torch.ones_like(gram[0, 0]), -torch.frexp(gram.diagonal().max().clamp(min=0))[1]))
     gram = gram * scale
     norm = gram.diagonal().clamp(min=0).sqrt()
-    square, ridge = gram.mean(), 4 * _EPSILON * num_tasks
-    if not square > 2 * ridge * norm.mean() ** 2:
-        return None, 0.0, 0
-    unit, p = float(square.sqrt()) * max(1.0, c), min(1.0, c)
+    square, length = gram.mean(), norm.mean()
     there = norm > 0
     n = norm[there]
-    a, b = n.min() / n, gram.mean(-1)[there] / (n * unit)
     cosines = gram[there][:, there] / n / n.unsqueeze(1)
-    matrix = cosines + ridge * torch.eye(len(n), dtype=gram.dtype, device="cpu")
+    one = torch.eye(len(n), dtype=gram.dtype, device="cpu")
+    ridge = 4 * _EPSILON * num_tasks
+    while torch.linalg.cholesky_ex(cosines + ridge / 2 * one).info and ridge < num_tasks:
+        ridge *= 16  # a Gram matrix that is indefinite by more than the rounding of float64
+    if not square > 2 * ridge * length**2:
+        return None, 0.0, 0
+    unit, p = float(square.sqrt()) * max(1.0, c), min(1.0, c)
+    a, b = n.min() / n, gram.mean(-1)[there] / (n * unit)
+    matrix = cosines + ridge * one
 
     def gap_of(v: Tensor, value: Tensor | float) -> float:
         below = value * n.min() - (b + cosines @ v) * n

@@ -113,6 +113,7 @@ class ConflictAverse {
     length = team_.sum(length) / num_active_;
     has_zero_row_ = team_.any(zero);
     inverse_least_ = -team_.min(-inverse_least);
+    ridge_ = cosine_rounding(team_, p_, inverse_norm_, scale_, ridge_, factor_, column_);
     mean_square_ = squares;
     if (!(squares > 2.0 * ridge_ * length * length)) return false;
     unit_ = sqrt(squares) * (c > 1.0 ? c : 1.0);
@@ -179,7 +180,7 @@ class ConflictAverse {
   // whose scratch takes the place of everything else.
   MTL_HD bool is_stationary(double c, double* gap, int* iterations) {
     const ConeRows unit(team_, p_, 0.0, p_.scratch);
-    DualCone<Team> cone(team_, p_, unit, num_active_, p_.scratch + ConeRows::doubles(num_tasks_));
+    DualCone<Team> cone(team_, p_, unit, ridge_, p_.scratch + ConeRows::doubles(num_tasks_));
     double length = 0.0;
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) length += unit.norm[j];
     length = team_.sum(length);
