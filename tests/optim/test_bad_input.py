@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad, Sum
+from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad, Sum, get_method
 from optim.oracle import TwoHeads
 
 
@@ -211,3 +211,9 @@ def test_sharded_parameters(tmp_path: Path) -> None:
         opt.add_param_group({"params": [sharded], "mtl": False})
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_combination_of_losses_as_the_method() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match="UncertaintyWeighting combines losses, .* transform="):
+        MultiTaskOptimizer(torch.optim.SGD([parameter], lr=0.1), get_method("UW", tasks=2))
