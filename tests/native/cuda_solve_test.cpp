@@ -132,12 +132,19 @@ void test_plans_of_several_threads() {
 
 void test_solve() {
   set_device(1, 2);  // several problems a block
-  const SolverCase solvers[] = {{"pcgrad", {1, 1}},         {"pcgrad", {0, 0}},
-                                {"min_norm", {0, 0, 0}},    {"min_norm", {1, 50, 0}},
-                                {"cagrad", {0.4, 1, 1}},    {"upgrad", {1e-4}},
-                                {"dualproj", {1e-4}, true}, {"pcd", {0.02, 0.999, 1e-8}},
-                                {"modo", {0.1, 0.1}},       {"sdmgrad", {0.3, 10, 0.5, 20, 1}, true},
-                                {"krum", {1, 2}},           {"random_weights", {0}}};
+  const SolverCase solvers[] = {{"pcgrad", {1, 1}},
+                                {"pcgrad", {0, 0}},
+                                {"min_norm", {0, 0, 0}},
+                                {"min_norm", {1, 50, 0}},
+                                {"cagrad", {0.4, 1, 1}},
+                                {"gradvac", {1, 0, 0.5}},
+                                {"upgrad", {1e-4}},
+                                {"dualproj", {1e-4}, true},
+                                {"pcd", {0.02, 0.999, 1e-8}},
+                                {"modo", {0.1, 0.1}},
+                                {"sdmgrad", {0.3, 10, 0.5, 20, 1}, true},
+                                {"krum", {1, 2}},
+                                {"random_weights", {0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
   for (const int room : {opt_in, 2 << 10}) {
     emulation::options().shared_bytes_opt_in = room;
