@@ -568,6 +568,58 @@ void test_stochastic() {
   }
 }
 
+// GradVac by its definition on vectors, in ascending order: the direction, and the targets after the step.
+std::vector<double> gradvac_direction(const Matrix& rows, double beta, std::vector<double>* targets) {
+  const std::size_t k = rows.size(), n = rows[0].size();
+  const auto dot = [n](const std::vector<double>& a, const std::vector<double>& b) {
+    double total = 0;
+    for (std::size_t col = 0; col < n; ++col) total += a[col] * b[col];
+    return total;
+  };
+  std::vector<double> d(n, 0.0);
+  for (std::size_t i = 0; i < k; ++i) {
+    std::vector<double> g = rows[i];
+    for (std::size_t j = 0; j < k; ++j) {
+      if (j == i) continue;
+      const double length = std::sqrt(dot(g, g)), other = std::sqrt(dot(rows[j], rows[j]));
+      const double c = dot(g, rows[j]) / (length * other);
+      double& r = (*targets)[i * k + j];
+      if (c < r) {
+        const double more =
+            length * (r * std::sqrt(1 - c * c) - c * std::sqrt(1 - r * r)) / (other * std::sqrt(1 - r * r));
+        for (std::size_t col = 0; col < n; ++col) g[col] += more * rows[j][col];
+      }
+      r = (1 - beta) * r + beta * c;
+    }
+    for (std::size_t col = 0; col < n; ++col) d[col] += g[col];
+  }
+  return d;
+}
+
+void test_gradvac() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 500; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 128 : 1 + engine() % 12;
+    const std::size_t n = k + 4 + engine() % 8;
+    std::vector<double> targets(k * k, 0.1), state = targets;
+    for (int step = 0; step < 3; ++step) {
+      const Matrix rows = random_rows(engine, k, n, 0);
+      const Result found = solve<mtl::Gradvac>(gram_of(rows), {0.0, 0.0, 0.3}, {}, nullptr, 0, 1, state);
+      const std::vector<double> expected = gradvac_direction(rows, 0.3, &targets);
+      state = found.state;
+      for (std::size_t c = 0; c < n; ++c) {
+        double d = 0;
+        for (std::size_t i = 0; i < k; ++i) d += found.weights[i] * rows[i][c];
+        CHECK(std::fabs(d - expected[c]) < 1e-9 * (1 + std::fabs(expected[c])),
+              "trial %d K %zu: %g, expected %g", trial, k, d, expected[c]);
+      }
+      for (std::size_t i = 0; i < k * k; ++i)
+        CHECK(std::fabs(state[i] - targets[i]) < 1e-9, "trial %d K %zu: target %g, expected %g", trial, k,
+              state[i], targets[i]);
+    }
+  }
+}
+
 // F(w) = g_w'g0 + c |g0| |g_w| of CAGrad, g_w = J'w, and the least g_i'd of a d on the way from g0 along g_w.
 std::pair<long double, long double> cagrad_bounds(const Matrix& rows, const std::vector<double>& w,
                                                   double c) {
@@ -973,6 +1025,10 @@ void test_teams() {
     for (std::size_t i = 0; i < k; ++i) {
       CHECK(serial.weights[i] == team.weights[i], "trial %d: %d threads", trial, threads);
     }
+    const Result vaccine = solve<mtl::Gradvac>(gram, {1, 1, 0.5}, active, rng);
+    const Result vaccines = solve<mtl::Gradvac>(gram, {1, 1, 0.5}, active, rng, 0, threads);
+    CHECK(vaccine.weights == vaccines.weights && vaccine.state == vaccines.state, "trial %d: %d threads",
+          trial, threads);
     const Result averse = solve<mtl::Cagrad>(gram, {0.4, 0, 0}, active);
     const Result together = solve<mtl::Cagrad>(gram, {0.4, 0, 0}, active, nullptr, 0, threads);
     std::vector<double> off(k);
@@ -1007,6 +1063,7 @@ int main() {
   test_min_norm_degenerate();
   test_frank_wolfe();
   test_pcgrad();
+  test_gradvac();
   test_cagrad();
   test_jacobi();
   test_jacobi_on_graded_rows();
