@@ -171,7 +171,7 @@ def test_several_ranks(model: TwoHeads, monkeypatch: pytest.MonkeyPatch) -> None
     ("build", "error", "text"),
     [
         (lambda: MultiTaskOptimizer(sgd(), PCGrad), TypeError, r"PCGrad\(\)"),
-        (lambda: MultiTaskOptimizer(sgd(), "pcgrd"), TypeError, "known methods: constant, .*mean, .*mgda"),
+        (lambda: MultiTaskOptimizer(sgd(), "pcgrd"), TypeError, "known methods: alignedmtl, .*constant, .*mgda"),
         (lambda: MultiTaskOptimizer(torch.optim.SGD, Sum()), TypeError, "build the optimizer first"),
         (lambda: MultiTaskOptimizer(MultiTaskOptimizer(sgd(), Sum()), Sum()), TypeError, "already"),
         (lambda: MultiTaskOptimizer(sgd(), Sum(), granularity="layer"), ValueError, "'group', 'parameter'"),
