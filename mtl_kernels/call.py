@@ -33,6 +33,11 @@ class SolverCall(NamedTuple):
     certified: bool = True
 
 
+COLUMN_OPERATIONS = ("graddrop", "trimmed_mean")
+STATE_OPERATIONS = ("average", "squares")
+"""Names of operations, at the numbers that the kernels know them by."""
+
+
 class ColumnCall(NamedTuple):
     """An operation that makes one value of the K values of a column: its name and what it needs besides the rows.
 
@@ -47,6 +52,10 @@ class ColumnCall(NamedTuple):
     leak: Tensor | None = None
     rng: Tensor | None = None
     trim: int = 0
+
+    @property
+    def code(self) -> int:
+        return COLUMN_OPERATIONS.index(self.operation)
 
 
 class StateCall(NamedTuple):
@@ -63,3 +72,7 @@ class StateCall(NamedTuple):
     gain: Tensor
     keep: Tensor | None = None
     epsilon: float = 0.0
+
+    @property
+    def code(self) -> int:
+        return STATE_OPERATIONS.index(self.operation)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .call import ColumnCall, SolverCall, StateCall
+from .call import COLUMN_OPERATIONS, STATE_OPERATIONS, ColumnCall, SolverCall, StateCall
 from .rows import DTYPE_CODES, ITEMSIZES, RowTable, check_num_tasks
 
 MAX_GROUPS = 1 << 12
@@ -184,8 +184,8 @@ def check_columns(table: RowTable, call: ColumnCall) -> ColumnCall:
                 f"least 2 trim + 1 rows, here trim <= {(table.num_tasks - 1) // 2}"
             )
         return call
-    if call.operation != "graddrop":
-        raise ValueError(f"unknown operation {call.operation!r}; expected 'graddrop' or 'trimmed_mean'")
+    if call.operation not in COLUMN_OPERATIONS:
+        raise ValueError(f"unknown operation {call.operation!r}; expected one of {', '.join(COLUMN_OPERATIONS)}")
     leak = None if call.leak is None else check_weights(table, call.leak, None, "leak")[0][0]
     return call._replace(leak=leak, rng=check_rng(call.rng, table.device, "the rows"))
 
@@ -211,8 +211,8 @@ def check_state(table: RowTable, state: RowTable, call: StateCall, groups: Seque
         for p, (tensor, kept) in enumerate(zip(row, states, strict=True)):
             if kept is None and tensor is not None:
                 raise ValueError(f"the state of task {k}, parameter {p} is missing where the row has an entry")
-    if call.operation not in ("average", "squares"):
-        raise ValueError(f"unknown operation {call.operation!r}; expected 'average' or 'squares'")
+    if call.operation not in STATE_OPERATIONS:
+        raise ValueError(f"unknown operation {call.operation!r}; expected one of {', '.join(STATE_OPERATIONS)}")
     if not (isinstance(call.epsilon, (int, float)) and 0 <= call.epsilon < float("inf")):
         raise ValueError(f"expected eps as a finite number of at least 0, found {call.epsilon!r}")
     gain, _ = check_weights(state, call.gain, groups, "gain")
@@ -288,3 +288,11 @@ def rtol_option(rtol: object) -> float:
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
         raise ValueError(f"expected rtol as a number in (0, 1) or None, found {rtol!r}")
     return float(rtol)
+
+
+def preferences(pref: Tensor | None, gram: Tensor) -> Tensor | None:
+    """``pref`` as float64 ``[K]`` or ``[..., K]``, checked against the Gram matrix; None as it is."""
+    if pref is None:
+        return None
+    check_gram(gram)
+    return per_task(pref, gram, "pref", torch.float64)

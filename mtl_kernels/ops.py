@@ -244,7 +244,7 @@ def graddrop(
         backend: as for `gram`.
 
     Returns:
-        As `combine`. NaN where one of the K values is not finite.
+        As `combine`. Not finite where one of the K values is not.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.

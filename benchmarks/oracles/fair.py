@@ -68,7 +68,7 @@ def _length(d: np.ndarray) -> float:
     return float(np.linalg.norm(d))
 
 
-@agrees("nashmtl", oracle="largest sum of log(g_k . d), Newton on the rows", tolerance=1e-12)
+@agrees("nashmtl", oracle="largest sum of log(g_k . d), Newton on the rows", tolerance=1e-13)
 def nash_mtl(generator: np.random.Generator) -> float:
     """How far the direction is off; with a zero row, how far the weights are from the last ones."""
     rows = draw_rows(generator)
@@ -79,7 +79,7 @@ def nash_mtl(generator: np.random.Generator) -> float:
     return off_by(rows, 1.0, found)
 
 
-@agrees("fairgrad", oracle="largest alpha-fair utility, Newton on the rows", tolerance=1e-10)
+@agrees("fairgrad", oracle="largest alpha-fair utility, Newton on the rows", tolerance=1e-12)
 def fairgrad(generator: np.random.Generator) -> float:
     """How far the direction of the rows that are not zero is off, and what zero rows weigh."""
     rows = draw_rows(generator, kinds=_ALIKE)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "combine.h"
+#include "elementwise.h"
 #include "gram.h"
 #include "kernels.h"
 #include "solve.h"
@@ -82,6 +83,35 @@ void combine(std::vector<Address> pointers, std::vector<std::int64_t> numels, co
                     threads);
 }
 
+void reduce_columns(std::vector<Address> pointers, std::vector<std::int64_t> numels,
+                    const std::vector<int>& codes, int num_tasks, int operation, int trim, Address leak,
+                    Address rng, const std::vector<Address>& out, int threads) {
+  std::vector<std::int32_t> groups(numels.size());
+  const Table table(std::move(pointers), std::move(numels), codes, std::move(groups), num_tasks);
+  if (static_cast<std::int64_t>(out.size()) != table.rows().num_params)
+    throw std::invalid_argument("one output per parameter expected");
+  const mtl::ColumnCall call{static_cast<mtl::ColumnOperation>(operation), trim, at<const double>(leak),
+                             at<const std::int64_t>(rng)};
+  py::gil_scoped_release release;
+  mtl::cpu::reduce_columns(table.rows(), call, out.data(), threads);
+}
+
+void update_state(std::vector<Address> states, std::vector<std::int64_t> numels,
+                  const std::vector<int>& codes, const std::vector<Address>& rows,
+                  const std::vector<int>& row_codes, std::vector<std::int32_t> groups, int num_tasks,
+                  int num_groups, int operation, Address keep, Address gain, double epsilon, Address sums,
+                  int threads) {
+  const Table table(std::move(states), std::move(numels), codes, std::move(groups), num_tasks);
+  const std::vector<mtl::DType> row_dtypes = dtypes_of(row_codes);
+  if (rows.size() != num_tasks * codes.size() || row_dtypes.size() != codes.size())
+    throw std::invalid_argument("rows and state do not fit together");
+  const mtl::StateCall call{static_cast<mtl::StateOperation>(operation), at<const double>(keep),
+                            at<const double>(gain), epsilon};
+  py::gil_scoped_release release;
+  mtl::cpu::update_state(table.rows(), rows.data(), row_dtypes.data(), num_groups, call, at<double>(sums),
+                         threads);
+}
+
 void solve(const std::string& solver, std::int64_t batch, int num_tasks, Address gram, Address active,
            std::int64_t active_stride, Address rng, const std::vector<double>& options, Address inputs,
            std::int64_t inputs_stride, Address state, std::int64_t state_doubles, Address weights,
@@ -99,6 +129,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Compiled CPU kernels of mtl_kernels; addresses and sizes in, see csrc/cpu.";
   m.def("gram", &gram);
   m.def("combine", &combine);
+  m.def("reduce_columns", &reduce_columns);
+  m.def("update_state", &update_state);
   m.def("solve", &solve);
   m.def("instruction_set", [] { return mtl::cpu::kernels().name; });
   m.def("use_instruction_set", [](const std::string& name) {

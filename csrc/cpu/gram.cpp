@@ -1,39 +1,18 @@
 #include "gram.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "kernels.h"
 #include "mtl_kernels/chunks.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace mtl::cpu {
 namespace {
 
 constexpr std::int64_t kAlignment = 1024, kMinColumns = 2048, kMaxChunks = 64;
-
-struct FreeAligned {
-  void operator()(double* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<double, FreeAligned>;
-
-// One buffer a thread, kept between calls: training calls with the same K at every step.
-double* thread_scratch(std::size_t doubles) {
-  thread_local Scratch scratch;
-  thread_local std::size_t capacity = 0;
-  if (doubles > capacity) {
-    const std::size_t bytes = (doubles * sizeof(double) + kCacheLine - 1) / kCacheLine * kCacheLine;
-    capacity = 0;
-    scratch.reset(static_cast<double*>(std::aligned_alloc(kCacheLine, bytes)));
-    if (scratch == nullptr) throw std::bad_alloc();
-    capacity = doubles;
-  }
-  return scratch.get();
-}
 
 // A group of fewer columns than this is summed in double throughout: there is little to gain, and too few
 // sums in float for their rounding errors to cancel. Few rows are bound by memory, so their kernels use

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "mtl_kernels/elementwise.h"
 #include "mtl_kernels/rows.h"
 
 namespace mtl::cpu {
@@ -16,6 +17,12 @@ struct Target {
   DType dtype;
   bool accumulate;  // add to what is there
   bool past_cache;  // store around the caches; neither where out is one of the rows nor to accumulate
+};
+
+// Elements side by side in memory.
+struct Elements {
+  std::uintptr_t address;
+  DType dtype;
 };
 
 struct Kernels {
@@ -31,6 +38,17 @@ struct Kernels {
   // Writes or adds sum_k weights[k] * row k over the segment's columns to the target.
   void (*combine_segment)(const RowTable& rows, const Segment& segment, const double* weights,
                           const Target& target);
+
+  // Doubles of scratch that reduce_segment needs for K tasks.
+  std::size_t (*reduce_scratch)(int num_tasks);
+  // Writes what the call makes of each column of the segment to `out`, of the dtype of the rows. `first`: the
+  // number of the parameter's first element among all. `scratch` is aligned to a cache line.
+  void (*reduce_segment)(const RowTable& rows, const Segment& segment, const ColumnCall& call,
+                         std::int64_t first, std::uintptr_t out, double* scratch);
+  // Updates elements [begin, begin + length) of a state; returns the sum of what comes of it. A row at
+  // address 0 is read as zeros.
+  double (*update_segment)(const Elements& row, const Elements& state, std::int64_t begin,
+                           std::int64_t length, const StateCall& call, std::int64_t place);
 };
 
 namespace baseline {

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import SolverCall
-from ..definitions import elementwise
+from ..call import ColumnCall, SolverCall, StateCall
 from ..rows import DTYPE_CODES, RowTable
 
 _cpu: Any = None
@@ -32,8 +31,6 @@ class CpuBackend:
 
     name = "cpu"
     fused = False
-    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
-    update_state = staticmethod(elementwise.update_state)
 
     def missing(self) -> str | None:
         return _reason
@@ -74,6 +71,40 @@ class CpuBackend:
             [0 if tensor is None else tensor.data_ptr() for tensor in out],
             [0 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out],
             accumulate,
+            torch.get_num_threads(),
+        )
+
+    def reduce_columns_into(self, table: RowTable, call: ColumnCall, out: Sequence[Tensor | None]) -> None:
+        _cpu.reduce_columns(
+            table.pointers,
+            table.numels,
+            table.codes,
+            table.num_tasks,
+            call.code,
+            call.trim,
+            0 if call.leak is None else call.leak.data_ptr(),
+            0 if call.rng is None else call.rng.data_ptr(),
+            [0 if tensor is None else tensor.data_ptr() for tensor in out],
+            torch.get_num_threads(),
+        )
+
+    def update_state(
+        self, table: RowTable, state: RowTable, call: StateCall, groups: Sequence[int], sums: Tensor
+    ) -> None:
+        _cpu.update_state(
+            state.pointers,
+            state.numels,
+            state.codes,
+            table.pointers,
+            table.codes,
+            groups,
+            state.num_tasks,
+            sums.shape[0],
+            call.code,
+            0 if call.keep is None else call.keep.data_ptr(),
+            call.gain.data_ptr(),
+            call.epsilon,
+            sums.data_ptr(),
             torch.get_num_threads(),
         )
 

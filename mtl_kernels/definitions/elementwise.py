@@ -41,7 +41,7 @@ def graddrop(values: Tensor, leak: Tensor | None, threshold: Tensor) -> Tensor:
     """GradDrop (Chen 2020, arXiv 2010.06808, algorithm 1, f the identity) of values ``[K, n]``; thresholds ``[n]``.
 
     P = (1 + sum_k g_k / sum_k |g_k|) / 2, and 1/2 where all g_k are zero. Positive values are kept where P > U,
-    negative ones where P < U; of the others task k leaks a share leak_k. NaN where one of the values is not finite.
+    negative ones where P < U; of the others task k leaks a share leak_k. Where a value is not finite, the sum of all.
     """
     total, size = torch.zeros_like(threshold), torch.zeros_like(threshold)
     for value in values:  # in the order of the tasks: every backend keeps the same signs
@@ -51,7 +51,7 @@ def graddrop(values: Tensor, leak: Tensor | None, threshold: Tensor) -> Tensor:
     kept = ((values > 0) & (purity > threshold)) | ((values < 0) & (purity < threshold))
     leaked = torch.zeros_like(values) if leak is None else leak[:, None] * values
     found = torch.where(kept, values, leaked).sum(0)
-    return torch.where(purity.isnan(), torch.nan, found)
+    return torch.where(purity.isnan(), total, found)
 
 
 def trimmed_mean(values: Tensor, trim: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..call import SolverCall
-from ..checks import rtol_option
+from ..checks import preferences, rtol_option
 from ..definitions.solving import Answer, Problem, defines
 from ..definitions.spectrum import spectrum
 from ..solution import Solution
@@ -54,7 +54,7 @@ def aligned_mtl_weights(
         ValueError, TypeError: an unknown scale_mode, an rtol out of range, or tensors of the wrong shape, dtype or
             device.
     """
-    call = SolverCall("aligned_mtl", aligned_mtl_options(scale_mode, rtol), active, inputs=pref)
+    call = SolverCall("aligned_mtl", aligned_mtl_options(scale_mode, rtol), active, inputs=preferences(pref, gram))
     return Solution.of(*ops.solve(gram, call, backend=backend))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..call import SolverCall
-from ..checks import rtol_option
+from ..checks import preferences, rtol_option
 from ..definitions.solving import Answer, Problem, defines
 from ..definitions.spectrum import nearest
 from ..solution import Solution
@@ -52,7 +52,7 @@ def config_weights(
     Raises:
         ValueError, TypeError: an unknown length, an rtol out of range, or tensors of the wrong shape, dtype or device.
     """
-    call = SolverCall("config", config_options(length, rtol), active, inputs=pref)
+    call = SolverCall("config", config_options(length, rtol), active, inputs=preferences(pref, gram))
     return Solution.of(*ops.solve(gram, call, backend=backend))
 
 

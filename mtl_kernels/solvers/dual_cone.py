@@ -40,8 +40,9 @@ def upgrad_weights(
 
     Returns:
         `Solution`: weights >= p. gap: how far the conditions (H w_i)_j >= 0, = 0 where w_ij exceeds p_i e_ij, are from
-        being met, for unit rows and p_i = 1; the largest of all i and j. So (Gw)_j >= -reg trace(G) w_j, up to
-        rounding. iterations: rows that entered a support after its start, of all i. A zero row has weight p_j.
+        being met, on unit rows and for w_i that sum to 1 in units of the norms n of H; the largest of all i and j. So
+        (Gw)_j >= -reg trace(G) w_j - gap n_j sum_k n_k w_k. iterations: rows that entered a support after its start, of
+        all i. A zero row has weight p_j.
 
     Raises:
         ValueError, TypeError: a reg that is not a finite number >= 0, or tensors of the wrong shape, dtype or device.
@@ -59,7 +60,7 @@ def dualproj_weights(
 ) -> Solution:
     """w = argmin of v'Hv over v >= p: J'p projected onto the dual cone of the gradients, H = G + reg trace(G) I.
 
-    Arguments, returns and raises are those of `upgrad_weights`, with one problem, whose sum of p_k n_k is 1, for K.
+    Arguments, returns and raises are those of `upgrad_weights`, with one problem for K of them.
     """
     return _solve("dualproj", gram, pref, reg, active, backend)
 
@@ -90,10 +91,10 @@ def pcd_weights(
 
     Returns:
         `Solution`: weights >= 0. gap: how far the conditions, a_k'd >= tau ||a_k||^2 with equality where the weight is
-        positive, are from being met, for unit rows and lengths of a_1 and of the longest tau a_k that sum to 1.
-        iterations: rows that entered the support after its start. Where no d meets the conditions, because a convex
-        combination of the other unit rows is zero to rounding, w is 1 on the first task alone and gap the square of
-        that combination. Weights 0 where g_1 = 0, and where the nearest d is 0, which takes tau = 0.
+        positive, are from being met, on unit rows and for weights that sum to 1 in units of the norms. iterations: rows
+        that entered the support after its start. Where no d meets the conditions, because a convex combination of the
+        other unit rows is zero to rounding, w is 1 on the first task alone and gap the square of that combination.
+        Weights 0 where g_1 = 0, and where the nearest d is 0, which takes tau = 0.
 
     Raises:
         ValueError, TypeError: an option out of range, or tensors of the wrong shape, dtype or device.
@@ -245,7 +246,8 @@ def _into_cone(cosines: Tensor, q: Tensor, target: Tensor | None = None) -> tupl
     for _ in range(2):
         y = _settled(cosines, start, support, y)
     r = torch.where(free, cosines @ y + start, 0.0)
-    return y, float(torch.where(support, r.abs(), (-r).clamp(min=0)).max()), count
+    violation = torch.where(support, r.abs(), (-r).clamp(min=0)).max()
+    return y, float(violation) / (fixed + float(y.sum())), count
 
 
 def _settled(cosines: Tensor, start: Tensor, support: Tensor, y: Tensor) -> Tensor:

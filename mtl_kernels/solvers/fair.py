@@ -160,11 +160,14 @@ def _solve(gram: Tensor, alpha: float) -> tuple[Tensor, float, int] | None:
             return None
         root = (x / s).sqrt()
         matrix = gram * torch.outer(root / norm, root / norm) + b * torch.eye(len(x), dtype=x.dtype, device="cpu")
-        step = -root * torch.linalg.solve(matrix, root * slopes)
+        factor, broken = torch.linalg.cholesky_ex(matrix)
+        if broken:
+            return None  # by the rounding of rows that cancel: it has no eigenvalue below b
+        step = -root * _divide(factor, root * slopes)
         change = max((step / x).abs().tolist(), default=0.0)
         if change <= 4 * _EPSILON * len(x) or (change < 1e-4 and change > last / 4):
             terms = (gram / norm / norm.unsqueeze(1)).abs() @ x
-            if ((root * torch.linalg.solve(matrix, root * terms)).abs() * _CERTAIN > x).any():
+            if ((root * _divide(factor, root * terms)).abs() * _CERTAIN > x).any():
                 return None  # what rounding may be of these terms could be as large as a weight
             errors = slopes.abs() / (s + terms)
             return x / norm * unit ** (1 - 2 / (1 + b)), max(errors.tolist(), default=0.0), iteration
@@ -173,6 +176,11 @@ def _solve(gram: Tensor, alpha: float) -> tuple[Tensor, float, int] | None:
             part /= 2
         x, last = x + part * step, change
     return None
+
+
+def _divide(factor: Tensor, vector: Tensor) -> Tensor:
+    """x with L L' x = vector."""
+    return torch.cholesky_solve(vector.unsqueeze(-1), factor).squeeze(-1)
 
 
 def _product(matrix: Tensor, vector: Tensor) -> Tensor:

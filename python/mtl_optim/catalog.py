@@ -11,7 +11,7 @@ from . import losses, methods
 from .losses import LossCombination, SumOfTerms
 from .methods import Method
 
-ALIASES = {"ew": "sum", "random": "randomweights", "rlw": "randomweights"}
+ALIASES = {"ew": "sum", "imtl": "imtlg", "random": "randomweights", "rlw": "randomweights"}
 """Names that TorchJD and LibMTL have for methods, in lower case and without underscores, where ours is another."""
 
 LOSS_ALIASES = {
@@ -120,6 +120,12 @@ def get_loss(name: str, **options: Any) -> LossCombination:
     if found is None:
         raise ValueError(f"{name!r} is a method, which goes by the gradients of the tasks: get_method({name!r}, ...)")
     return _make("get_loss", name, losses.get(found), options)
+
+
+def loss_class(name: str) -> type[LossCombination] | None:
+    """The combination of losses that `get_loss` finds by this name; None if there is none."""
+    found = _known(name, losses.available(), LOSS_ALIASES)
+    return losses.get(found) if found else None
 
 
 def _find(name: str, what: str, names: Sequence[str], aliases: Mapping[str, str]) -> str | None:

@@ -76,7 +76,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     demo.add_argument(
         "--methods", nargs="+", default=list(Options.methods), metavar="NAME",
         help="the methods to train with, see `mtl-kernels methods`, with options where wanted: "
-        f"sum pcgrad:order=fixed mgda:normalize=l2 (default: {' '.join(Options.methods)})",
+        "sum pcgrad:order=fixed mgda:normalize=l2,transform=logsum uncertaintyweighting "
+        f"(default: {' '.join(Options.methods)})",
     )  # fmt: skip
     demo.add_argument(
         "--steps", type=int, default=Options.steps, metavar="N",

@@ -59,14 +59,14 @@ def test_as_non_negative_least_squares_on_rows(rows, name, reg, backend, data):
     tensor = None if pref is None else torch.as_tensor(pref)
     solution = PROJECTIONS[name][0](gram_of(rows), pref=tensor, reg=reg, backend=backend)
     check(name, rows, pref, reg, host(solution.weights))
-    assert 0 <= solution.gap <= 1e-12
+    assert 0 <= solution.gap <= 1e-13
 
 
 @given(row_matrices(min_tasks=9, max_tasks=24, max_columns=30), names, backends)
 def test_with_many_tasks(rows, name, backend):
     solution = PROJECTIONS[name][0](gram_of(rows), backend=backend)
     check(name, rows, None, 1e-4, host(solution.weights))
-    assert solution.gap <= 1e-12
+    assert solution.gap <= 1e-13
 
 
 @given(row_matrices(max_tasks=12), names, st.sampled_from([0.0, 1e-4]), backends)
@@ -93,7 +93,7 @@ def test_unregularised_is_the_nearest_point_of_the_cone(rows, backend, data):
     square, least = (float(np.square(rows.T @ w).sum()) for w in (found, expected))
     assert (found >= given_pref).all()
     assert square <= least + 100 * EPSILON * len(rows) * unit**2
-    assert gap * (given_pref @ norm) <= 1e-12 * unit
+    assert gap <= 1e-12
 
 
 @given(row_matrices(max_tasks=6), st.sampled_from([0.0, 1e-4]), backends)
@@ -114,11 +114,10 @@ def test_the_certificate_is_its_definition(rows, name, backend):
     if not there.any():
         assert solution.gap == 0
         return
-    unit = pref * norm[there].sum()
+    unit = weights @ np.where(there, norm, 0.0)
     products = (rows @ (rows.T @ weights) + 1e-4 * (rows**2).sum() * weights)[there] / norm[there] / unit
     violation = np.where(weights[there] > pref * (1 + 4 * EPSILON), np.abs(products), -products).max()
-    rounding = 20 * EPSILON * len(rows) * (weights @ norm) / unit
-    assert abs(solution.gap - max(violation, 0)) <= rounding
+    assert abs(solution.gap - max(violation, 0)) <= 20 * EPSILON * len(rows)
 
 
 def test_known_answers(backend):
@@ -239,7 +238,7 @@ def test_pcd_as_every_set_of_equalities_on_rows(rows, backend, tau, seed):
     expected = cones.pcd(rows, scale, tau)
     expected = rows[0] if expected is None else expected
     found, norm = host(weights), np.sqrt(square)
-    assert (found >= 0).all() and 0 <= gap <= 1e-10 * max(1.0, found @ norm / max(norm[0], 1e-300))
+    assert (found >= 0).all() and 0 <= gap <= 1e-13
     # The rounding of G turns d by EPSILON (sum w n)^2 / ||d||, and the oracle goes with 1e-11 for rounding.
     unit = max(found @ norm, norm[0])
     assert np.linalg.norm(rows.T @ found - expected) * norm[0] <= 1e-10 * unit**2

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "mtl_kernels/jacobi.h"
 #include "mtl_kernels/solvers/all.h"
 
 namespace {
@@ -689,6 +690,324 @@ void test_cagrad() {
   CHECK(zeros > 400 && zeros < 2000, "%d of 4000 are stationary", zeros);
 }
 
+// A factor that a row is taken out of is that of the matrix without it.
+void test_removal() {
+  std::mt19937 engine(23);
+  for (int trial = 0; trial < 300; ++trial) {
+    const int n = 1 + static_cast<int>(engine() % 12);
+    const int gone = static_cast<int>(engine() % 12) % n;
+    const std::vector<double> gram =
+        gram_of(random_rows(engine, static_cast<std::size_t>(n), static_cast<std::size_t>(2 * n), 0));
+    std::vector<double> whole(mtl::PackedCholesky::doubles(n)), column(static_cast<std::size_t>(n));
+    const mtl::PackedCholesky factor{whole.data(), n};
+    for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < j; ++i)
+        column[static_cast<std::size_t>(i)] = gram[static_cast<std::size_t>(i * n + j)];
+      factor.append(mtl::SerialTeam{}, j, column.data(), gram[static_cast<std::size_t>(j * n + j)], 0.0);
+    }
+    factor.remove(mtl::SerialTeam{}, n, gone, column.data());
+    for (int i = 0; i < n - 1; ++i) {
+      for (int j = i; j < n - 1; ++j) {
+        double product = 0;
+        for (int k = 0; k <= i; ++k) product += factor.at(k)[i] * factor.at(k)[j];
+        const double expected = gram[static_cast<std::size_t>((i + (i >= gone)) * n + j + (j >= gone))];
+        CHECK(std::fabs(product - expected) < 1e-12, "trial %d: (%d, %d) of %d without %d: %g, expected %g",
+              trial, i, j, n, gone, product, expected);
+      }
+    }
+  }
+}
+
+// How far DualProj's conditions are from being met, from the matrix as it is; no lower than the rounding of
+// w.
+long double dual_cone_violation(const std::vector<double>& gram, const std::vector<double>& w, double pref,
+                                double reg) {
+  const std::size_t k = w.size();
+  long double trace = 0, unit = 0, longest = 0, worst = 0;
+  for (std::size_t i = 0; i < k; ++i) trace += gram[i * k + i];
+  const auto norm = [&](std::size_t i) { return std::sqrt(gram[i * k + i] + reg * trace); };
+  for (std::size_t i = 0; i < k; ++i) {
+    if (gram[i * k + i] > 0) unit += pref * norm(i), longest += w[i] * norm(i);
+  }
+  if (unit == 0) return 0;
+  for (std::size_t i = 0; i < k; ++i) {
+    if (!(gram[i * k + i] > 0)) continue;
+    long double product = reg * trace * w[i];
+    for (std::size_t j = 0; j < k; ++j) product += static_cast<long double>(gram[i * k + j]) * w[j];
+    product /= norm(i);
+    worst = std::max(worst, w[i] > pref * (1 + 1e-15) ? std::fabs(product) : -product);
+  }
+  return worst / longest;
+}
+
+void test_dual_cone() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 60 + engine() % 69 : 1 + engine() % 12;
+    const int kind = static_cast<int>(engine() % 7);
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), kind);
+    const std::vector<double> gram = gram_of(rows);
+    const double reg = trial % 2 == 0 ? 0 : 1e-4;
+    const Result found = solve<mtl::Dualproj>(gram, {reg});
+    for (double w : found.weights) CHECK(w >= 1.0 / k, "trial %d: a weight of %g", trial, w);
+    const long double violation = dual_cone_violation(gram, found.weights, 1.0 / k, reg);
+    CHECK(violation <= 1e-15L * k, "trial %d kind %d K %zu reg %g: %Lg", trial, kind, k, reg, violation);
+    CHECK(found.iterations <= static_cast<int>(2 * k), "trial %d: %d iterations", trial, found.iterations);
+    if (k > 12) continue;
+    const Result sum = solve<mtl::Upgrad>(gram, {1e-4});
+    CHECK(sum.gap <= 1e-14 * k, "trial %d kind %d K %zu: gap %g", trial, kind, k, sum.gap);
+  }
+}
+
+// The conditions of PCD in its first step, where all a_k are unit rows: with w_1 = c / n_1, (Gw)_j / n_j is
+// at least c tau, and that where w_j > 0. Or 0 in the hull of the others.
+void test_pcd() {
+  std::mt19937 engine(31);
+  int alone = 0;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 60 + engine() % 69 : 1 + engine() % 12;
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), trial % 2 == 0 ? 0 : 2);
+    const std::vector<double> gram = gram_of(rows);
+    const Result found = solve<mtl::Pcd>(gram, {0.1, 0.9, 0.0});
+    if (found.weights[0] == 1 && std::count(found.weights.begin() + 1, found.weights.end(), 0.0) + 1 ==
+                                     static_cast<std::ptrdiff_t>(k)) {
+      ++alone;
+      CHECK(found.gap <= 1e-14 * k, "trial %d K %zu: %g", trial, k, found.gap);
+      continue;
+    }
+    long double longest = 0, square = 0;
+    for (std::size_t i = 0; i < k; ++i) longest += found.weights[i] * std::sqrt(gram[i * k + i]);
+    const long double c = found.weights[0] * std::sqrt(gram[0]);
+    for (std::size_t i = 0; i < k; ++i) {
+      long double product = 0;
+      for (std::size_t j = 0; j < k; ++j)
+        product += static_cast<long double>(gram[i * k + j]) * found.weights[j];
+      square += found.weights[i] * product;
+      const long double over = product / std::sqrt(gram[i * k + i]) - 0.1L * c;
+      CHECK(i == 0 || (found.weights[i] > 0 ? std::fabs(over) : -over) <= 1e-15L * k * longest,
+            "trial %d K %zu: condition %zu off by %Lg of %Lg", trial, k, i, over, longest);
+    }
+    CHECK(std::fabs(square - gram[0]) <= 1e-14L * k * longest * longest, "trial %d: length %Lg", trial,
+          square);
+  }
+  CHECK(alone > 300 && alone < 2000, "%d without an answer", alone);
+}
+
+template <class Solver>
+void check_degenerate_cones(double reg) {
+  const char* name = Solver::name;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  Result r = solve<Solver>({4.0}, {reg});
+  CHECK(r.weights[0] == 1 && r.gap == 0, "%s: K = 1", name);
+  r = solve<Solver>({0, 0, 0, 0}, {reg});
+  CHECK(r.weights[0] == 0.5 && r.weights[1] == 0.5 && r.gap == 0, "%s: no rows", name);
+  r = solve<Solver>({1, -1, -1, 1}, {reg});
+  CHECK(std::fabs(r.weights[0] - r.weights[1]) < 1e-10, "%s: opposite", name);
+  r = solve<Solver>({1e300, -1e300, -1e300, 2e300}, {reg});
+  CHECK(r.weights[0] >= 0.5 && r.gap < 1e-15, "%s: large", name);
+  r = solve<Solver>({5e-324, 0, 0, 5e-324}, {reg});
+  CHECK(r.weights[0] == 0.5 && r.gap < 1e-15, "%s: subnormal", name);
+  r = solve<Solver>({1, nan, nan, 1}, {reg});
+  CHECK(r.weights[0] == 0.5 && std::isnan(r.gap), "%s: nan", name);
+  r = solve<Solver>({nan, nan, nan, 1}, {reg}, {0, 1});
+  CHECK(r.weights[0] == 0 && r.weights[1] == 1 && r.gap == 0, "%s: nan in an inactive row", name);
+  r = solve<Solver>({1, 2, 2, 1}, {reg});
+  CHECK(r.weights[0] == 0.5, "%s: an indefinite matrix", name);
+  r = solve<Solver>({1, -2, -2, 1}, {reg});
+  CHECK(std::isfinite(r.weights[0]), "%s: an indefinite matrix", name);
+  r = solve<Solver>({-1, -3, -3, 1}, {reg});
+  CHECK(std::isfinite(r.weights[0]), "%s: a negative diagonal", name);
+}
+
+void test_dual_cone_degenerate() {
+  for (double reg : {0.0, 1e-4}) {
+    check_degenerate_cones<mtl::Upgrad>(reg);
+    check_degenerate_cones<mtl::Dualproj>(reg);
+  }
+}
+
+// Weights that are unique, of one thread and of a few.
+template <class Solver>
+void check_team(const std::vector<double>& gram, const std::vector<double>& options,
+                const std::vector<unsigned char>& active, int threads) {
+  const Result alone = solve<Solver>(gram, options, active);
+  const Result together = solve<Solver>(gram, options, active, nullptr, 0, threads);
+  for (std::size_t i = 0; i < alone.weights.size(); ++i) {
+    const double off = alone.weights[i] - together.weights[i];
+    CHECK(std::fabs(off) <= 1e-9 * (1 + alone.weights[i]), "%s: %d threads: %g", Solver::name, threads, off);
+  }
+}
+
+// V S V' is A and V'V = 1, as far as the rounding of the rotations allows. Rows of graded lengths have small
+// eigenvalues that are far below the rounding of the large ones, and as accurate: their inverse adds up the
+// lengths.
+void test_jacobi() {
+  using Jacobi = mtl::Jacobi<mtl::SerialTeam>;
+  std::mt19937 engine(19);
+  int most = 0;
+  for (int trial = 0; trial < 1500; ++trial) {
+    const std::size_t k = trial % 300 == 0 ? 128 : 1 + engine() % 40;
+    const int kind = static_cast<int>(engine() % 7);
+    Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), kind);
+    std::vector<double> gram = gram_of(rows);
+    double largest = 0;
+    for (std::size_t i = 0; i < k; ++i) largest = std::max(largest, gram[i * k + i]);
+    std::vector<double> scratch(Jacobi::scratch_doubles(static_cast<int>(k)),
+                                std::numeric_limits<double>::quiet_NaN());
+    const mtl::SerialTeam team;
+    Jacobi jacobi(team, static_cast<int>(k), scratch.data());
+    for (std::size_t n = 0; n < k * k; ++n) jacobi.row(0)[n] = gram[n] /= largest > 0 ? largest : 1;
+    const int sweeps = jacobi.run();
+    most = std::max(most, sweeps);
+    const double rounding = 1e-14 * static_cast<double>(k), residual = jacobi.residual();
+    CHECK(residual <= 1e-15, "trial %d kind %d K %zu: residual %g", trial, kind, k, residual);
+    double off = 0, skew = 0;
+    for (int a = 0; a < static_cast<int>(k); ++a) {
+      for (int b = 0; b <= a; ++b) {
+        double sum = 0, dot = 0;
+        for (int i = 0; i < static_cast<int>(k); ++i) {
+          sum += jacobi.value(i) * jacobi.vector(i)[a] * jacobi.vector(i)[b];
+          dot += jacobi.vector(a)[i] * jacobi.vector(b)[i];
+        }
+        off = std::max(off, std::fabs(sum - gram[static_cast<std::size_t>(a) * k + b]));
+        skew = std::max(skew, std::fabs(dot - (a == b)));
+      }
+    }
+    CHECK(off <= rounding && skew <= rounding, "trial %d kind %d K %zu: off %g, skew %g", trial, kind, k, off,
+          skew);
+  }
+  CHECK(most <= 20, "%d sweeps", most);
+}
+
+void test_jacobi_on_graded_rows() {
+  using Jacobi = mtl::Jacobi<mtl::SerialTeam>;
+  std::mt19937 engine(23);
+  for (int trial = 0; trial < 200; ++trial) {
+    const std::size_t k = 2 + engine() % 12;
+    Matrix rows = random_rows(engine, k, 4 * k, 0);
+    for (std::size_t i = 0; i < k; ++i) {
+      const double length = std::pow(10.0, -7.0 * static_cast<double>(i * 5 % k) / static_cast<double>(k));
+      for (double& x : rows[i]) x *= length / std::sqrt(8.0 * static_cast<double>(k));
+    }
+    const std::vector<double> gram = gram_of(rows);
+    std::vector<double> scratch(Jacobi::scratch_doubles(static_cast<int>(k)));
+    const mtl::SerialTeam team;
+    Jacobi jacobi(team, static_cast<int>(k), scratch.data());
+    for (std::size_t n = 0; n < k * k; ++n) jacobi.row(0)[n] = gram[n];
+    jacobi.run();
+    // The product of the eigenvalues is the determinant, to a relative precision.
+    std::vector<long double> a(gram.begin(), gram.end());
+    long double determinant = 1, product = 1;
+    for (std::size_t c = 0; c < k; ++c) {
+      determinant *= a[c * k + c];
+      product *= jacobi.value(static_cast<int>(c));
+      for (std::size_t r = c + 1; r < k; ++r) {
+        const long double factor = a[r * k + c] / a[c * k + c];
+        for (std::size_t q = c; q < k; ++q) a[r * k + q] -= factor * a[c * k + q];
+      }
+    }
+    const long double off = std::fabs(product / determinant - 1);
+    CHECK(off < 1e-12L, "trial %d K %zu: %Lg", trial, k, off);
+  }
+}
+
+// What the products of d with the unit rows are, on independent rows.
+void test_spectral_weights() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 300; ++trial) {
+    const std::size_t k = 1 + engine() % 16;
+    const Matrix rows = random_rows(engine, k, 4 * k, trial % 2 == 0 ? 0 : 4);
+    const std::vector<double> gram = gram_of(rows);
+    const Result impartial = solve<mtl::ImtlG>(gram, {0.0}), free = solve<mtl::Config>(gram, {0.0, 0.0});
+    double sum = 0, size = 0, least = 0, most = 0;
+    for (const Result* found : {&impartial, &free}) {
+      std::vector<double> products(k);
+      double scale = 0;
+      for (std::size_t i = 0; i < k; ++i) {
+        scale += std::fabs(found->weights[i]) * std::sqrt(gram[i * k + i]);
+        for (std::size_t j = 0; j < k; ++j)
+          products[i] += gram[i * k + j] / std::sqrt(gram[i * k + i]) * found->weights[j];
+      }
+      least = *std::min_element(products.begin(), products.end());
+      most = *std::max_element(products.begin(), products.end());
+      CHECK(most - least <= 1e-13 * scale, "trial %d K %zu: products from %g to %g", trial, k, least, most);
+      CHECK(found->gap <= 1e-15 && found->iterations <= 12, "trial %d: %g, %d sweeps", trial, found->gap,
+            found->iterations);
+    }
+    CHECK(least > 0, "trial %d: a conflict", trial);
+    for (double w : impartial.weights) {
+      sum += w;
+      size += std::fabs(w);
+    }
+    CHECK(std::fabs(sum - 1) <= 1e-14 * size, "trial %d: weights sum to %.17g", trial, sum);
+  }
+  const Result opposite = solve<mtl::ImtlG>({4, -2, -2, 1}, {0.0});
+  CHECK(opposite.weights[0] == 0 && opposite.weights[1] == 0, "opposite rows");
+  const Result zero = solve<mtl::AlignedMtl>({0, 0, 0, 0}, {0.0, 0.0});
+  CHECK(zero.weights[0] == 0.5 && zero.weights[1] == 0.5, "rank 0: %g", zero.weights[0]);
+  const Result diagonal = solve<mtl::AlignedMtl>({4, 0, 0, 0, 16, 0, 0, 0, 64}, {1.0, 0.0});
+  CHECK(std::fabs(diagonal.weights[0] - 2.0 / 3) < 1e-15 && std::fabs(diagonal.weights[1] - 1.0 / 3) < 1e-15,
+        "orthogonal rows: %g %g", diagonal.weights[0], diagonal.weights[1]);
+}
+
+template <class Solver>
+void check_spectral_team(const std::vector<double>& gram, const std::vector<double>& options,
+                         const std::vector<unsigned char>& active, int threads) {
+  const Result alone = solve<Solver>(gram, options, active);
+  const Result together = solve<Solver>(gram, options, active, nullptr, 0, threads);
+  CHECK(alone.weights == together.weights && alone.iterations == together.iterations, "%s: %d threads",
+        Solver::name, threads);
+}
+
+// max |w^(1/alpha) (G w) - 1| in long double, over the rounding that the weights alone leave there.
+long double fair_residual(const std::vector<double>& gram, const std::vector<double>& w, double alpha) {
+  const std::size_t k = w.size();
+  long double worst = 0;
+  for (std::size_t i = 0; i < k; ++i) {
+    long double total = 0, terms = 0;
+    for (std::size_t j = 0; j < k; ++j) {
+      total += static_cast<long double>(gram[i * k + j]) * w[j];
+      terms += std::fabs(static_cast<long double>(gram[i * k + j])) * w[j];
+    }
+    const long double power = std::pow(static_cast<long double>(w[i]), 1 / static_cast<long double>(alpha));
+    worst = std::max(worst, std::fabs(power * total - 1) / (1 + power * terms));
+  }
+  return worst;
+}
+
+void test_fair() {
+  std::mt19937 engine(29);
+  int solved = 0;
+  for (int trial = 0; trial < 2000; ++trial) {
+    const std::size_t k = trial % 200 == 0 ? 128 : 1 + engine() % 12;
+    const int kind = static_cast<int>(engine() % 6);
+    const Matrix rows = kind == 5 && k > 1 ? nearly_cancelling(engine, k, 2 + engine() % 2, 1e-6, 1e-2)
+                                           : random_rows(engine, k, 1 + engine() % (2 * k), kind % 5);
+    const std::vector<double> gram = gram_of(rows);
+    const double alphas[] = {0.1, 0.5, 1, 2, 10};
+    const double alpha = alphas[engine() % 5];
+    const Result found = solve<mtl::FairGrad>(gram, {alpha});
+    if (found.gap == 1) {
+      for (double w : found.weights) CHECK(w == 0, "trial %d: %g", trial, w);
+      continue;
+    }
+    ++solved;
+    const long double residual = fair_residual(gram, found.weights, alpha);
+    CHECK(residual <= 1e-13L * std::max(1.0, alpha), "trial %d kind %d K %zu alpha %g: %Lg", trial, kind, k,
+          alpha, residual);
+    CHECK(found.iterations <= 100, "trial %d kind %d K %zu alpha %g: %d iterations", trial, kind, k, alpha,
+          found.iterations);
+    const Result nash = solve<mtl::NashMtl>(gram, {1, 0}, {}, nullptr, 0, 1, std::vector<double>(k, 7.0));
+    const long double square = objective(rows, nash.weights);
+    const long double unit = longest(rows, nash.weights);
+    CHECK(nash.gap == 1 || std::fabs(square - 1) <= 1e-14L * (1 + unit * unit), "trial %d: %Lg", trial,
+          square);
+    for (std::size_t i = 0; i < k && nash.gap != 1; ++i)
+      CHECK(k == 1 || nash.state[i] > nash.weights[i], "trial %d: the state before the clip", trial);
+  }
+  CHECK(solved > 1000, "%d", solved);
+}
+
 void test_teams() {
   std::mt19937 engine(13);
   for (int trial = 0; trial < 60; ++trial) {
@@ -722,6 +1041,15 @@ void test_teams() {
       const long double difference = objective(rows, alone.weights) - objective(rows, together.weights);
       CHECK(std::fabs(difference) < 1e-12L, "trial %d: %d threads: %Lg", trial, threads, difference);
     }
+    check_spectral_team<mtl::AlignedMtl>(gram, {static_cast<double>(trial % 3), 0.0}, active, threads);
+    check_spectral_team<mtl::Config>(gram, {static_cast<double>(trial % 6), 0.0}, active, threads);
+    check_spectral_team<mtl::ImtlG>(gram, {0.0}, active, threads);
+    check_team<mtl::FairGrad>(gram, {2}, active, threads);
+    check_team<mtl::NashMtl>(gram, {1, 0}, active, threads);
+    if (kind == 4) continue;  // all but singular: a matter of rounding
+    check_team<mtl::Upgrad>(gram, {1e-4}, active, threads);
+    check_team<mtl::Dualproj>(gram, {1e-4}, active, threads);
+    check_team<mtl::Pcd>(gram, {0.1, 0.9, 0.0}, active, threads);
   }
 }
 
@@ -737,7 +1065,15 @@ int main() {
   test_pcgrad();
   test_gradvac();
   test_cagrad();
+  test_jacobi();
+  test_jacobi_on_graded_rows();
+  test_spectral_weights();
   test_stochastic();
+  test_removal();
+  test_dual_cone();
+  test_pcd();
+  test_dual_cone_degenerate();
+  test_fair();
   test_teams();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -30,10 +30,10 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     for isa, flags in ISAS.items():
         if isa != "baseline" and not on_x86:
             continue
-        for name in ("gram_kernel", "combine_kernel", "kernels"):
+        for name in ("gram_kernel", "combine_kernel", "elementwise_kernel", "kernels"):
             objects.append(tmp_path / f"{isa}_{name}.o")
             check(*compiler, *flags, f"-DMTL_ISA={isa}", "-O0", "-w", "-c", CPU / f"{name}.cpp", "-o", objects[-1])
-    sources = [CPU / f"{name}.cpp" for name in ("gram", "combine", "isa", "parallel")]
+    sources = [CPU / f"{name}.cpp" for name in ("gram", "combine", "elementwise", "isa", "parallel", "scratch")]
     define = ["-DMTL_X86_KERNELS"] if on_x86 else []
     program = tmp_path / "kernels_test"
     check(*compiler, *define, Path(__file__).parent / "kernels_test.cpp", *sources, *objects, "-o", program)

@@ -17,9 +17,10 @@ datasets = pytest.importorskip("sklearn.datasets")
 
 import mtl_kernels  # noqa: E402
 from mtl_optim import SDMGrad, Sum, cli, methods  # noqa: E402
-from mtl_optim.demo import data, plots, train  # noqa: E402
+from mtl_optim.demo import data, plots, specs, train  # noqa: E402
 from mtl_optim.demo.model import SharedTrunk  # noqa: E402
 from mtl_optim.demo.options import Options  # noqa: E402
+from mtl_optim.losses import UncertaintyWeighting  # noqa: E402
 
 STEPS = 4
 SMALL = ["demo", "--steps", str(STEPS), "--batch-size", "8", "--threads", "1"]
@@ -205,17 +206,72 @@ def test_seed_backend_and_progress(small_run: Path, tmp_path: Path, capsys: pyte
     assert results["methods"]["PCGrad"]["curve"] != _results(small_run)["methods"]["PCGrad"]["curve"]
 
 
+def test_losses_train_as_a_plain_backward_pass_of_their_value(pairs: tuple[data.Pairs, data.Pairs]) -> None:
+    options = Options(steps=4, batch_size=16, seed=5, methods=("uw",))
+    method, transform = specs.build("uw", 0)
+    run = train.train(method, "UW", *pairs, options, lambda accuracies: None, transform)
+
+    model, plain = train._new_model(options.seed), UncertaintyWeighting(list(data.TASKS))
+    adam = torch.optim.Adam([*model.parameters(), *plain.parameters()], lr=train.LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, options.steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(options.steps):
+        adam.zero_grad()
+        plain(train._losses(model, *train._batch(pairs[0], options.batch_size, generator))).backward()
+        adam.step()
+        schedule.step()
+    torch.testing.assert_close(train._accuracies(model, pairs[1]), run.accuracies[-1], atol=0.011, rtol=0)
+    for found, expected in zip(run.transform.s, plain.s, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert all(value != 0 for value in run.transform.s)
+
+
+@pytest.mark.parametrize(
+    ("spec", "method", "transform", "name"),
+    [
+        ("mgda:normalize=l2", "MGDA(normalize='l2'", "None", "MGDA(normalize=l2)"),
+        ("mgda:transform=logsum,tol=1e-9", "MGDA(", "LogSum([", "MGDA(transform=logsum, tol=1e-9)"),
+        ("pcgrad:transform=gradnorm:alpha=0.5", "PCGrad(", "GradNorm([", "PCGrad(transform=gradnorm:alpha=0.5)"),
+        ("GradNorm:alpha=2,lr=0.1", "Sum()", "GradNorm(['top-left'", "GradNorm(alpha=2, lr=0.1)"),
+        ("fixed_weights:weights=[1,2,3]", "Sum()", "FixedWeights(3)", "FixedWeights(weights=[1,2,3])"),
+        ("crmogm:method=mgda:normalize=l2", "CRMOGM(method=MGDA(normalize='l2'", "None", None),
+    ],
+)
+def test_what_is_trained_with(spec: str, method: str, transform: str, name: str | None) -> None:
+    recipe = specs.build(spec, 7)
+    assert repr(recipe.method).startswith(method) and repr(recipe.transform).startswith(transform)
+    assert name is None or specs.label(spec) == name
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("gls", "--methods gls: GeometricMean couples the losses"),
+        ("famo", r"FAMO\(.*\) needs update\(losses\) after steps, which the demo does not call"),
+        ("mgda:transform=dwa", "DynamicWeightAverage.* needs step"),
+        ("mgda:transform=pcgrad", "'pcgrad' is a method"),
+        ("mgda:transform=nothing", "unknown combination of losses 'nothing'"),
+        ("fixedweights", "FixedWeights needs weights"),
+        ("logsum:x=1", "LogSum has no option 'x'"),
+        ("nomethod", "--methods nomethod: unknown method"),
+    ],
+)
+def test_what_the_demo_does_not_train_with(spec: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Options(methods=(spec,))
+
+
 def test_methods_that_need_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They have no weights to speak of, but Gram matrices like all others."""
-    specs = ["graddrop:leak=0.1", "trimmedmean:trim=1", "excessmtl:warmup=1", "moco", "dbmtl"]
-    assert cli.main([*SMALL, "--methods", *specs, "--quiet", "--output", str(tmp_path)]) == 0
+    wanted = ["graddrop:leak=0.1", "trimmedmean:trim=1", "excessmtl:warmup=1", "moco", "dbmtl"]
+    assert cli.main([*SMALL, "--methods", *wanted, "--quiet", "--output", str(tmp_path)]) == 0
     results = _results(tmp_path)["methods"]
     assert list(results) == ["GradDrop(leak=0.1)", "TrimmedMean(trim=1)", "ExcessMTL(warmup=1)", "MoCo", "DBMTL"]
     assert all(any(numbers["mean_cosine"].values()) for numbers in results.values())
     assert "MoCo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("count", [1, 10])
 def test_any_number_of_methods_can_be_drawn(tmp_path: Path, count: int) -> None:
     steps = 200
     run = train.Run(

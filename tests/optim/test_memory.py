@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mtl_kernels as mk
-from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad
+from mtl_optim import DBMTL, MGDA, ExcessMTL, GradDrop, MoCo, MultiTaskOptimizer, PCGrad, TrimmedMean
 from optim.oracle import TwoHeads
 
 
@@ -44,14 +45,18 @@ def allocated(run) -> int:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.usefixtures("each_capture")
-@pytest.mark.parametrize("method", [PCGrad(), MGDA()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [PCGrad(), MGDA(), GradDrop(), TrimmedMean(1), ExcessMTL(), MoCo(), DBMTL()], ids=repr
+)
 @pytest.mark.parametrize("granularity", ["model", "parameter"])
 def test_combine_allocates_next_to_nothing(method, granularity: str) -> None:  # type: ignore[no-untyped-def]
     if mk.available_backends()["cpu"] is not None:
         pytest.skip("the reference converts blocks to float64")
     tasks = 4
     model = Model(tasks)
-    opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method, granularity=granularity)
+    opt = MultiTaskOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), copy.deepcopy(method), granularity=granularity
+    )
     opt.backward(model.losses())
     opt.zero_grad()
     opt.backward(model.losses(), accumulate=True)

@@ -113,7 +113,8 @@ class DualCone {
   // rounding.
   MTL_HD bool is_unbounded() const { return is_unbounded_; }
 
-  // The largest violation of the conditions, for unit rows; unbounded, the square of the combination.
+  // The largest violation of the conditions, for unit rows, relative to the sum of v: what rounding is
+  // relative to. Unbounded, the square of the combination.
   MTL_HD double residual() const {
     if (is_unbounded_) return cancelled_ > 0.0 ? cancelled_ : 0.0;
     double negated = 0.0;
@@ -124,7 +125,7 @@ class DualCone {
       negated = violation < negated ? violation : negated;
     }
     negated = team_.min(negated);
-    return negated < 0.0 ? -negated : 0.0;
+    return negated < 0.0 ? -negated / length_ : 0.0;
   }
 
   // ||v||^2 = q'Cv + t'y, as r'y = 0. A plain sum would end in the rounding of a long y.
@@ -189,6 +190,7 @@ class DualCone {
       enter(j);
       if (hardly_differs()) drop(size_ - 1);
     }
+    team_.sync();
     for (bool again = size_ > 0; again;) {
       find_step();
       for (int k = team_.rank(); k < size_; k += team_.size())

@@ -73,6 +73,7 @@ class Jacobi {
     double off = 0.0, on = 0.0;
     for (int i = team_.rank(); i < size_; i += team_.size()) {
       on += values_[i] * values_[i];
+      MTL_NO_UNROLL
       for (int j = 0; j < size_; ++j) off += j == i ? 0.0 : row(i)[j] * row(i)[j];
     }
     off = team_.sum(off);
@@ -105,6 +106,7 @@ class Jacobi {
     for (int i = team_.rank(); i < size_; i += team_.size()) {
       if (!(values_[i] > 0.0)) continue;
       int below = 0;
+      MTL_NO_UNROLL
       for (int j = 0; j < size_; ++j)
         below += values_[j] > 0.0 && (values_[j] < values_[i] || (values_[j] == values_[i] && j < i));
       if (below == position) found = values_[i];
@@ -117,6 +119,7 @@ class Jacobi {
     for (int i = team_.rank(); i < size_; i += team_.size()) {
       double total = 0.0;
       if (values_[i] > 0.0) {
+        MTL_NO_UNROLL
         for (int k = 0; k < size_; ++k) total += own_vector(i)[k] * b[k];
       }
       out[i] = total;
@@ -128,6 +131,7 @@ class Jacobi {
   MTL_HD void combine(const double* coefficients, double* out) const {
     for (int k = team_.rank(); k < size_; k += team_.size()) {
       double total = 0.0;
+      MTL_NO_UNROLL
       for (int i = 0; i < size_; ++i) total += coefficients[i] * own_vector(i)[k];
       out[k] = total;
     }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "mtl_kernels/team.h"
+#include "mtl_kernels/qualifiers.h"
 
 namespace mtl {
 
@@ -13,7 +13,7 @@ struct Philox4 {
   std::uint32_t word[4];
 };
 
-MTL_HD Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, std::uint32_t key1) {
+MTL_HD_LOCAL Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, std::uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = std::uint64_t{0xD2511F53u} * counter.word[0];
     const std::uint64_t p1 = std::uint64_t{0xCD9E8D57u} * counter.word[2];
@@ -27,7 +27,7 @@ MTL_HD Philox4 philox4x32_10(Philox4 counter, std::uint32_t key0, std::uint32_t 
 }
 
 // Four words of the stream (seed, step), at the position (hi, lo).
-MTL_HD Philox4 philox_at(const std::int64_t* seed_step, std::uint32_t hi, std::uint32_t lo) {
+MTL_HD_LOCAL Philox4 philox_at(const std::int64_t* seed_step, std::uint32_t hi, std::uint32_t lo) {
   const auto seed = static_cast<std::uint64_t>(seed_step[0]);
   const auto step = static_cast<std::uint64_t>(seed_step[1]);
   const Philox4 counter = {

@@ -10,19 +10,7 @@
 
 #include <math.h>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define MTL_HD __host__ __device__ inline
-#else
-#define MTL_HD inline
-#endif
-
-// For loops that are not worth the registers of several rounds at once: every kernel with a solver behind it
-// has as many as the solver needs.
-#if defined(__CUDACC__)
-#define MTL_NO_UNROLL _Pragma("unroll 1")
-#else
-#define MTL_NO_UNROLL
-#endif
+#include "mtl_kernels/qualifiers.h"
 
 namespace mtl {
 

@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-TASKS = {"top-left": 10, "bottom-right": 10, "digit-sum": 19}
-"""The tasks and their numbers of classes."""
+from .tasks import TASKS
+
 NUM_TRAIN = 20_000
 NUM_TEST = 4_000
 TEST_SHARE = 0.25

@@ -16,7 +16,7 @@ class Options:
 
     Args:
         output: the folder for results.json and demo.png, made if missing.
-        methods: names that `mtl_optim.get_method` knows, with options as `specs.build` reads them.
+        methods: names that `mtl_optim.get_method` or `get_loss` knows, with options as `specs.build` reads them.
         steps: optimizer steps per method.
         batch_size: images per step.
         seed: of the split, the images, the initialisation, the batches and the methods.

@@ -14,13 +14,14 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .data import TASKS
+from .tasks import TASKS
 from .train import Run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe & Ito's palette, safe with any colour vision; markers and dashes serve without colour."""
-MARKERS = "os^Dv*P"
+MARKERS = "os^Dv*PX<>"
 DASHES = ("-", "--", "-.", ":")
+LEGEND_COLUMNS = 4
 MAX_COLUMNS = 200
 """Of a heatmap; more steps than that are averaged in bins."""
 INK = "#333333"
@@ -29,9 +30,9 @@ PAIRS = list(combinations(range(len(TASKS)), 2))
 
 def draw(runs: Sequence[Run], path: Path) -> None:
     """Writes the PNG."""
-    strip = 0.95
-    figure = Figure(figsize=(11, 4.6 + strip * len(runs)), dpi=130, layout="constrained")
-    halves = figure.add_gridspec(2, 1, height_ratios=[3.6, 1.0 + strip * len(runs)])
+    strip, legend = 0.95, 0.25 * math.ceil(len(runs) / LEGEND_COLUMNS)
+    figure = Figure(figsize=(11, 4.6 + legend + strip * len(runs)), dpi=130, layout="constrained")
+    halves = figure.add_gridspec(2, 1, height_ratios=[3.6 + legend, 1.0 + strip * len(runs)])
     above, below = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     above.suptitle("Test accuracy", x=0.01, ha="left", fontweight="bold", color=INK)
     panels = above.subplots(1, len(TASKS), sharey=True)
@@ -39,7 +40,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         _curves(panels[k], runs, k)
         panels[k].set_title(task, fontsize=10, color=INK)
     panels[0].set_ylabel("accuracy", color=INK)
-    panels[0].legend(frameon=False, loc="lower right", fontsize=9)
+    lines, labels = panels[0].get_legend_handles_labels()
+    above.legend(lines, labels, frameon=False, loc="outside lower center", fontsize=9, ncols=LEGEND_COLUMNS)
 
     below.suptitle("Cosine between task gradients of the shared trunk", x=0.01, ha="left", fontweight="bold", color=INK)
     strips = below.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]

@@ -24,11 +24,12 @@ from . import data, plots
 from .options import Options
 from .specs import build, label
 from .table import notes, table
+from .tasks import TASKS
 from .train import LEARNING_RATE, Run, time_one_backward, train
 
 RESULTS = "results.json"
 PICTURE = "demo.png"
-MIN_WIDTH = 88
+MIN_WIDTH = 98
 MOST_THREADS = 4
 
 
@@ -84,7 +85,8 @@ def _train_all(train_set: data.Pairs, test_set: data.Pairs, options: Options, co
                     progress.update(line, note=f"mean accuracy {100 * float(accuracies.mean()):.1f}%")
                 progress.advance(line)
 
-            runs.append(train(build(spec, options.seed), name, train_set, test_set, options, advance))
+            method, transform = build(spec, options.seed)
+            runs.append(train(method, name, train_set, test_set, options, advance, transform))
     return runs
 
 
@@ -119,10 +121,11 @@ def _results(runs: Sequence[Run], options: Options, one_backward: float) -> dict
 
 
 def _numbers(run: Run) -> dict[str, Any]:
-    tasks = list(data.TASKS)
+    tasks = list(TASKS)
     final = run.accuracies[-1]
     return {
         "options": run.method.config(),
+        "transform": None if run.transform is None else repr(run.transform),
         "accuracy": dict(zip(tasks, final.tolist(), strict=True)),
         "mean_accuracy": float(final.mean()),
         "conflicting_steps": float(run.conflicts.double().mean()),

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from .data import NUM_TEST, TASKS
+from .data import NUM_TEST
 from .options import Options
+from .tasks import TASKS
 from .train import Run
 
 
@@ -21,7 +22,7 @@ def table(runs: Sequence[Run], options: Options) -> Table:
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    result.add_column("method", overflow="fold")
+    result.add_column("method", overflow="fold", min_width=20)
     for column in (*TASKS, "mean"):
         result.add_column(column.replace("-", "-\n"), justify="right")
     for column in ("steps in\nconflict", "forward +\nbackward", "combine", "step"):

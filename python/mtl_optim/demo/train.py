@@ -13,10 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from mtl_kernels import cosines
 from mtl_optim import Method, MultiTaskOptimizer
+from mtl_optim.losses import SumOfTerms
 
-from .data import TASKS, Pairs
+from .data import Pairs
 from .model import SharedTrunk
 from .options import Options
+from .tasks import TASKS
 
 LEARNING_RATE = 4e-3
 EVALUATIONS = 20
@@ -35,6 +37,7 @@ class Run:
         cosines: ``[steps, K, K]`` between the task gradients of the shared parameters.
         conflicts: bool ``[steps]``, whether any pair of these gradients had a negative product.
         milliseconds: per part ("forward + backward", "combine", "step") one value per step.
+        transform: what stood in front of the method.
     """
 
     method: Method
@@ -44,6 +47,7 @@ class Run:
     cosines: Tensor
     conflicts: Tensor
     milliseconds: dict[str, list[float]]
+    transform: SumOfTerms | None = None
 
     def median(self, part: str) -> float:
         """The median time of a part, in milliseconds."""
@@ -57,6 +61,7 @@ def train(
     test_set: Pairs,
     options: Options,
     advance: Callable[[Tensor | None], None],
+    transform: SumOfTerms | None = None,
 ) -> Run:
     """Trains a new network; initialisation and batches depend on ``options.seed`` alone, not on the method.
 
@@ -65,8 +70,9 @@ def train(
     ``[K]`` where they were just measured.
     """
     model = _new_model(options.seed)
-    adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    optimizer = MultiTaskOptimizer(adam, method, tasks=list(TASKS))
+    learned = [] if transform is None else list(transform.parameters())
+    adam = torch.optim.Adam([*model.parameters(), *learned], lr=LEARNING_RATE)
+    optimizer = MultiTaskOptimizer(adam, method, tasks=list(TASKS), transform=transform)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     generator = torch.Generator().manual_seed(options.seed)
     evaluate_at = {round(options.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)} - {0}
@@ -101,9 +107,8 @@ def train(
             accuracies.append(measured)
         advance(measured)
 
-    return Run(
-        method, label, evaluated, torch.stack(accuracies), cosines(torch.stack(grams)), torch.stack(conflicts), times
-    )
+    measured_at = (evaluated, torch.stack(accuracies))
+    return Run(method, label, *measured_at, cosines(torch.stack(grams)), torch.stack(conflicts), times, transform)
 
 
 def time_one_backward(train_set: Pairs, options: Options, steps: int = 30) -> float:

@@ -338,6 +338,16 @@ def check_number(owner: str, option: str, value: object, expected: str, fits: Ca
         raise ValueError(f"{owner}: expected {option} {expected}, found {value}")
 
 
+def check_rtol(owner: str, rtol: object) -> None:
+    """Raise unless ``rtol`` is None or a number in (0, 1)."""
+    if rtol is None:
+        return
+    if isinstance(rtol, bool) or not isinstance(rtol, (int, float)):
+        raise TypeError(f"{owner}: expected rtol as a number, found {rtol!r}")
+    if not 0 < rtol < 1:
+        raise ValueError(f"{owner}: expected rtol in (0, 1), found {rtol}")
+
+
 def check_gram(owner: str, gram: Tensor) -> None:
     """Raise unless ``gram`` is a floating point tensor ``[..., K, K]``."""
     if not isinstance(gram, Tensor):

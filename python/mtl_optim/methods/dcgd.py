@@ -46,6 +46,14 @@ class DCGD(Method):
     def __post_init__(self) -> None:
         check_choice("DCGD", "variant", self.variant, ("center", "average", "projection"))
 
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError unless there are two."""
+        if num_tasks != 2:
+            raise ValueError(
+                f"DCGD combines two tasks, found K = {num_tasks}; add up losses until there are two, or use UPGrad or "
+                "DualProj, which project onto the dual cone of any number of gradients"
+            )
+
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The weights of the two rows; see `Method.solve`.
 
@@ -54,11 +62,7 @@ class DCGD(Method):
         """
         check_gram("DCGD", gram)
         check_active("DCGD", gram, active)
-        if gram.shape[-1] != 2:
-            raise ValueError(
-                f"DCGD combines two tasks, found K = {gram.shape[-1]}; add up losses until there are two, or use "
-                "UPGrad or DualProj, which project onto the dual cone of any number of gradients"
-            )
+        self.check_tasks(gram.shape[-1])
         gram, equal = gram.double(), equal_shares(gram, active)
         there = equal > 0
         square, product = gram.diagonal(dim1=-2, dim2=-1), gram[..., 0, 1].unsqueeze(-1)

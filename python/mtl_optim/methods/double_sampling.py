@@ -119,7 +119,7 @@ class SDMGrad(DoubleSampling, Preferring):
             ValueError: K, or the number of problems, is not that of the state; or ``pref`` does not fit.
         """
         check_gram("SDMGrad", gram)
-        self._check_length(gram.shape[-1])
+        self.check_tasks(gram.shape[-1])
         weights = mtl_kernels.sdmgrad_weights(
             gram,
             state=self._weights(gram),

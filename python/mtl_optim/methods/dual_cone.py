@@ -10,7 +10,7 @@ import torch
 from mtl_kernels import SolverCall
 from mtl_kernels.solvers.dual_cone import dual_cone_options
 
-from .base import About
+from .base import About, check_number
 from .preference import Preferring
 
 
@@ -26,10 +26,7 @@ class _Projecting(Preferring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            dual_cone_options(self.reg)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}: {error}") from None
+        check_number(type(self).__name__, "reg", self.reg, ">= 0", lambda reg: reg >= 0)
 
     @property
     def weighs_alone(self) -> bool:
@@ -56,8 +53,8 @@ class UPGrad(_Projecting):
         pref: p, one number >= 0 for each task; see `Preferring`. None: 1 / (number of active tasks).
         reg: a finite number >= 0.
 
-    The certificate is how far its conditions are from being met, for unit rows and p_i = 1; see
-    `mtl_kernels.upgrad_weights`. A zero row has nothing to conflict with, and gets weight p_i.
+    The certificate is how far its conditions are from being met, see `mtl_kernels.upgrad_weights`. A zero row has
+    nothing to conflict with, and gets weight p_i.
 
     Raises:
         TypeError, ValueError: preferences or a reg that are none.
@@ -80,8 +77,8 @@ class DualProj(_Projecting):
         pref: p, one number >= 0 for each task; see `Preferring`. None: 1 / (number of active tasks).
         reg: a finite number >= 0.
 
-    The certificate is how far its conditions are from being met, for unit rows and p that sum to 1 in units of the
-    norms; see `mtl_kernels.dualproj_weights`. A zero row gets weight p_i.
+    The certificate is how far its conditions are from being met, see `mtl_kernels.dualproj_weights`. A zero row gets
+    weight p_i.
 
     Raises:
         TypeError, ValueError: preferences or a reg that are none.

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtl_kernels import Solution, SolverCall, ops
 from mtl_kernels.solvers.dual_cone import pcd_options
 
-from .base import About, Method, check_active, check_gram
+from .base import About, Method, check_active, check_gram, check_number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class PCD(Method):
     `mtl_kernels.pcd_weights`.
 
     Raises:
-        ValueError: an option out of range.
+        TypeError, ValueError: an option that is no number, or out of range.
     """
 
     name: ClassVar[str] = "pcd"
@@ -54,10 +54,9 @@ class PCD(Method):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        try:
-            pcd_options(self.tau, self.beta, self.eps)
-        except ValueError as error:
-            raise ValueError(f"PCD: {error}") from None
+        check_number("PCD", "tau", self.tau, ">= 0", lambda tau: tau >= 0)
+        check_number("PCD", "beta", self.beta, "in [0, 1)", lambda beta: 0 <= beta < 1)
+        check_number("PCD", "eps", self.eps, ">= 0", lambda eps: eps >= 0)
 
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The weights, and one step of the averages; see `Method.solve`.
@@ -67,18 +66,8 @@ class PCD(Method):
         """
         check_gram("PCD", gram)
         check_active("PCD", gram, active)
-        call = SolverCall("pcd", pcd_options(self.tau, self.beta, self.eps), active, state=self._averages(gram))
-        return Solution.of(*ops.solve(gram, call))
-
-    def _averages(self, gram: Tensor) -> Tensor:
-        """``state["averages"]`` on the device of ``gram``."""
         shape = (*gram.shape[:-2], 2 * gram.shape[-1])
-        kept = self.state.get("averages")
-        if kept is not None and kept.shape != shape:
-            raise ValueError(
-                f"PCD keeps averages of shape {list(kept.shape)}, expected {list(shape)} for a problem of "
-                f"{list(gram.shape[:-1])}; call reset() before the tasks change, or load_state_dict() with a state "
-                "of that shape"
-            )
         new = functools.partial(torch.zeros, shape, dtype=torch.float64, device=gram.device)
-        return self._kept("averages", gram.device, new)
+        averages = self._kept("averages", gram.device, new, shape)
+        call = SolverCall("pcd", pcd_options(self.tau, self.beta, self.eps), active, state=averages)
+        return Solution.of(*ops.solve(gram, call))

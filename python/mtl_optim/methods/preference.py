@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mtl_kernels import RowTable, Solution
-
 from ..cuda_graphs import refuse_capture
-from .base import Method, Weighted, check_gram
+from .base import Method
 
 _P = TypeVar("_P", bound="Preferring")
 
@@ -53,45 +52,13 @@ class Preferring(Method):
                     f"{type(self).__name__} has preferences for {list(self.pref)} and none for task {missing[0]!r}; "
                     "add it, or name the losses so: opt.backward({name: loss, ...})"
                 )
-            bound = dataclasses.replace(self, pref=tuple(self.pref[task] for task in tasks))
-            object.__setattr__(bound, "state", self.state)
+            bound = copy.copy(self)  # with the same state
+            object.__setattr__(bound, "pref", tuple(self.pref[task] for task in tasks))
             self._bound[tasks] = bound
         return self._bound[tasks]  # type: ignore[no-any-return]
 
-    def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
-        """The weights with their certificate; see `Method.solve`.
-
-        Raises:
-            ValueError: the preferences are not K, or go by names.
-        """
-        check_gram(type(self).__name__, gram)
-        self._check_length(gram.shape[-1])
-        return super().solve(gram, losses=losses, active=active)
-
-    def weigh(
-        self,
-        rows: RowTable,
-        *,
-        groups: Sequence[int] | None = None,
-        losses: Tensor | None = None,
-        active: Tensor | None = None,
-    ) -> Weighted:
-        """Gram matrix and weights of some rows; see `Method.weigh`."""
-        self._check_length(rows.num_tasks)
-        return super().weigh(rows, groups=groups, losses=losses, active=active)
-
-    def _preference(self, device: torch.device) -> Tensor | None:
-        """The preferences, float64 ``[K]``, copied to a device once: a copy at every step would make the host wait."""
-        if self.pref is None or isinstance(self.pref, Mapping):
-            return None
-        if device not in self._on_device:
-            refuse_capture(f"the preferences of {type(self).__name__} would be copied to the device")
-            with torch.inference_mode(False):
-                self._on_device[device] = torch.tensor(self.pref, dtype=torch.float64, device=device)
-        return self._on_device[device]
-
-    def _check_length(self, num_tasks: int) -> None:
-        """Raise unless the preferences are those of ``num_tasks`` tasks."""
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError unless the preferences are those of K tasks, in their order."""
         if self.pref is None:
             return
         if isinstance(self.pref, Mapping):
@@ -103,6 +70,16 @@ class Preferring(Method):
             raise ValueError(
                 f"{type(self).__name__} has {len(self.pref)} preferences for {num_tasks} tasks; pass one for each task"
             )
+
+    def _preference(self, device: torch.device) -> Tensor | None:
+        """The preferences, float64 ``[K]``, copied to a device once: a copy at every step would make the host wait."""
+        if self.pref is None or isinstance(self.pref, Mapping):
+            return None
+        if device not in self._on_device:
+            refuse_capture(f"the preferences of {type(self).__name__} would be copied to the device")
+            with torch.inference_mode(False):
+                self._on_device[device] = torch.tensor(self.pref, dtype=torch.float64, device=device)
+        return self._on_device[device]
 
 
 def check_preference(owner: str, values: object) -> tuple[float, ...] | dict[str, float] | None:

@@ -19,7 +19,7 @@ class Report:
 
     Attributes:
         tasks: the K task names, in the order of the rows.
-        gram: float64 ``[K, K]`` or ``[S, K, K]``.
+        gram: float64 ``[K, K]`` or ``[S, K, K]``; of the last batch, where a step takes several.
         weights: float64 ``[K]`` or ``[S, K]``, of the original rows; None for methods whose combination has none
             (`GradDrop`, `TrimmedMean`). Those of `MoCo` and `DBMTL` are of the averages that they keep.
         mask: `active` itself, which later steps and captured graphs go on reading: not to be written to.

@@ -16,7 +16,8 @@ class TaskBlock:
     Attributes:
         name: of the task. accumulate: whether to add to a row that is there. batch: which of the step's batches it is.
         loss: the value of the loss, for methods that need it (``MGDA(normalize="loss")``); set it inside the
-            block. With several micro-batches the values add up, as the gradients do.
+            block. With several micro-batches the values add up, as the gradients do. Where the optimizer has a
+            ``transform``, the block is to call ``backward()`` on what it makes of the loss, and this is its value.
     """
 
     def __init__(self, step: Blocks, name: str, accumulate: bool, batch: int = 0) -> None:

@@ -17,7 +17,7 @@ namespace mtl {
 struct Config {
   static constexpr const char* name = "config";
   static constexpr int num_options = 2;
-  static constexpr bool independent_rows = false;
+  static constexpr bool independent_rows = true;
   MTL_HD static bool needs_rng(const double*) { return false; }
   MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 

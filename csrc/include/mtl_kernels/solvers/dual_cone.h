@@ -5,10 +5,10 @@
 // Upgrad (Quinton & Rey 2024, arXiv 2406.16232): w = sum_i w_i, w_i = argmin of v'Hv over v >= p_i e_i.
 // Dualproj: w = argmin of v'Hv over v >= p.
 //   options: {reg}
-//   certificate: {the largest violation of the conditions, for unit rows and preferences that sum to 1 in
-//   units of the norms, of any i; rows that entered a support}
-// The conditions are (Hv)_j >= 0, = 0 where v_j > p_j; so w is in conflict with row j by at most
-// reg trace(G) w_j and that violation. A zero row has nothing to be in conflict with: its weight is p_j.
+//   certificate: {the largest violation of the conditions, of any i; rows that entered a support}
+// The conditions are (Hv)_j >= 0, = 0 where v_j > p_j, on unit rows and for a v that sums to 1 in units of
+// the norms n of H: (Gw)_j >= -reg trace(G) w_j - violation n_j sum_k n_k w_k. A zero row has nothing to be
+// in conflict with: its weight is p_j.
 //
 // Pcd (Varam & AlHajri 2026, arXiv 2606.29521): the first active task, 1, before the others. With
 // a_j = s_j g_j and s_j = 1 / sqrt(vhat_j + eps): the d nearest to a_1 with a_j'd >= tau ||a_j||^2 for all
@@ -16,8 +16,8 @@
 //   options: {tau, beta, eps}
 //   state: {v_j} and {t_j}, 0 at first. A step adds 1 to t_j of the active tasks, and v_j <- beta v_j +
 //   (1 - beta) G_jj, vhat_j = v_j / (1 - beta^t_j).
-//   certificate: {the largest violation of the conditions, for unit rows and lengths of a_1 and of the
-//   largest tau a_j that sum to 1; rows that entered the support}
+//   certificate: {the largest violation of the conditions, on unit rows and for weights that sum to 1 in
+//   units of the norms; rows that entered the support}
 // Where no d meets them, w is 1 on the first task alone, and the certificate {the square of a convex
 // combination of the other unit rows: no more than rounding, rows that entered}. d = 0 where g_1 = 0, and
 // where the nearest d is 0, which takes tau = 0.

@@ -20,7 +20,7 @@ namespace mtl {
 struct ImtlG {
   static constexpr const char* name = "imtl_g";
   static constexpr int num_options = 1;
-  static constexpr bool independent_rows = false;
+  static constexpr bool independent_rows = true;
   MTL_HD static bool needs_rng(const double*) { return false; }
   MTL_HD static constexpr std::size_t state_doubles(int) { return 0; }
 
