@@ -41,15 +41,9 @@ CASES = [
     Case("dualproj", (1e-4,)),
     Case("dualproj", (0.0,), inputs=True),
     *(Case("fairgrad", (alpha,), power=-2 * alpha / (1 + alpha)) for alpha in (0.1, 2.0)),
-<<<<<<< HEAD
     Case("imtl_g", (0.0,)),
     Case("gradvac", (1.0, 0.0, 0.5)),
     Case("gradvac", (0.0, 1.0, 0.01)),
-=======
-    Case("gradvac", (1.0, 0.0, 0.5)),
-    Case("gradvac", (0.0, 1.0, 0.01)),
-    Case("imtl_g", (0.0,)),
->>>>>>> work-cagrad
     Case("krum", (0.0, 1.0)),
     Case("krum", (1.0, 2.0)),
     Case("min_norm", (0.0, 0.0, 0.0)),
