@@ -67,7 +67,7 @@ def gram_solve(
     if scaled is None:
         return gram, *_solve(chosen, call, checked, gram)
     weights, found = _solve(chosen, call, checked, scaled[0].view(gram.shape))
-    if found is not None:
+    if found is not None and definition is not None and definition.gap_of_gram:
         gap = found.view(-1, 2)[:, 0]
         gap.div_(scaled[1]).div_(scaled[1])  # in units of the Gram matrix; the square may be zero
     return gram, weights, found

@@ -49,6 +49,7 @@ class Definition(NamedTuple):
         needs_rng: whether these options need an rng state.
         state_doubles: how many numbers it keeps of a problem of K tasks.
         scale_free: whether the weights are the same for G and c^2 G.
+        gap_of_gram: whether the gap is in units of the Gram matrix; else it has no unit.
     """
 
     answer: Callable[[Problem], Answer]
@@ -56,6 +57,7 @@ class Definition(NamedTuple):
     needs_rng: Callable[[Sequence[float]], bool]
     state_doubles: Callable[[int], int]
     scale_free: bool
+    gap_of_gram: bool
 
 
 DEFINITIONS: dict[str, Definition] = {}
@@ -69,11 +71,12 @@ def defines(
     needs_rng: Callable[[Sequence[float]], bool] = lambda options: False,
     state_doubles: Callable[[int], int] = lambda num_tasks: 0,
     scale_free: bool = True,
+    gap_of_gram: bool = False,
 ) -> Callable[[Callable[[Problem], Answer]], Callable[[Problem], Answer]]:
     """Registers the decorated function as the definition of a solver; see `Definition` for the arguments."""
 
     def register(answer: Callable[[Problem], Answer]) -> Callable[[Problem], Answer]:
-        DEFINITIONS[solver] = Definition(answer, num_options, needs_rng, state_doubles, scale_free)
+        DEFINITIONS[solver] = Definition(answer, num_options, needs_rng, state_doubles, scale_free, gap_of_gram)
         return answer
 
     return register

@@ -67,7 +67,7 @@ def cagrad_options(c: float, rescale: str, scale: str) -> tuple[float, ...]:
     return (float(c), float(_RESCALES.index(rescale)), float(_SCALES.index(scale)))
 
 
-@defines("cagrad", num_options=3)
+@defines("cagrad", num_options=3, gap_of_gram=True)
 def definition(problem: Problem) -> Answer:
     """u + p w_in / ||J'w_in||, its gap, and steps of Newton's method; options: (c, rescale, times K_active)."""
     c, rescale, summed = problem.options

@@ -71,7 +71,7 @@ def min_norm_options(solver: str, max_iters: int | None = None, tol: float | Non
     return (float(published), float(max_iters), float(tol))
 
 
-@defines("min_norm", num_options=3)
+@defines("min_norm", num_options=3, gap_of_gram=True)
 def definition(problem: Problem) -> Answer:
     """argmin of w'Gw over the simplex, and its gap; options: (frank_wolfe, max_iters or 0, tol)."""
     published, cap, tol = problem.options
