@@ -1,11 +1,11 @@
-"""PCGrad by its definition: explicit projections of vectors, in an order drawn by a Philox in Python integers."""
+"""PCGrad and GradVac by definition: on vectors, in an order drawn by a Philox in Python integers."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from mtl_kernels import pcgrad_weights, rng_state
+from mtl_kernels import gradvac_weights, pcgrad_weights, rng_state
 
 from . import agrees
 from .draw import draw_rows
@@ -55,3 +55,55 @@ def pcgrad(generator: np.random.Generator) -> float:
     scale = np.abs(weights) @ np.linalg.norm(rows, axis=1)
     off = np.linalg.norm(rows.T @ weights - pcgrad_direction(rows, orders))
     return float(off / scale) if scale > 0 else float(off)
+
+
+def gradvac_step(
+    rows: np.ndarray, orders: list[list[int]], targets: np.ndarray, beta: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """GradVac by its definition (arXiv 2010.05874, Algorithm 1): direction, new targets, what rounding leaves.
+
+    The last: a cosine of a vector that is a sum of much longer ones is known from a Gram matrix to the square of its
+    share, and the root of 1 - r^2 is near r = 1 no better.
+    """
+    total, targets, left = np.zeros(rows.shape[1]), targets.copy(), 1.0
+    for i, order in enumerate(orders):
+        g = rows[i].copy()
+        longest = np.linalg.norm(g)
+        for j in order:
+            length, other = np.linalg.norm(g), np.linalg.norm(rows[j])
+            if other == 0 or length**2 <= 4 * len(rows) * np.finfo(float).eps * longest**2:
+                continue
+            cosine = np.clip(g / length @ (rows[j] / other), -1, 1)
+            target = targets[i, j]
+            targets[i, j] = (1 - beta) * target + beta * cosine
+            left = min(left, (length / longest) ** 2)
+            if cosine < target <= 1 - 16 * np.finfo(float).eps:
+                own, wanted = np.sqrt(1 - cosine**2), np.sqrt(1 - target**2)
+                more = length * (target * own - cosine * wanted) / (other * wanted)
+                g += more * rows[j]
+                longest += abs(more) * other
+                left = min(left, 1 - target**2)
+        left = min(left, (np.linalg.norm(g) / longest) ** 2) if longest > 0 else left
+        total += g
+    return total, targets, left
+
+
+@agrees("gradvac", oracle="Algorithm 1 on vectors", tolerance=1e-14)
+def gradvac(generator: np.random.Generator) -> float:
+    """How far directions, relative to the weighted rows, and targets are apart over three steps, times what is left."""
+    first = draw_rows(generator, max_exponent=6)
+    seed, step = (int(n) for n in generator.integers(2**40, size=2))
+    beta = float(generator.choice([0.0, 0.01, 0.5, 1.0]))
+    targets = generator.uniform(-1, 1, (len(first), len(first)))
+    state, left, off = torch.from_numpy(targets.copy()), 1.0, 0.0
+    for later in range(3):
+        rows = first + later * 0.3 * np.abs(first).max() * generator.standard_normal(first.shape)
+        rng = rng_state(seed, step + later)
+        weights = gradvac_weights(torch.from_numpy(rows @ rows.T), state=state, beta=beta, rng=rng).numpy()
+        orders = [pcgrad_order(seed, step + later, 0, i, len(rows)) for i in range(len(rows))]
+        expected, targets, now = gradvac_step(rows, orders, targets, beta)
+        left *= now
+        scale = np.abs(weights) @ np.linalg.norm(rows, axis=1)
+        apart = np.linalg.norm(rows.T @ weights - expected) / scale if scale > 0 else 0.0
+        off = max(off, left * max(apart, np.abs(state.numpy() - targets).max()))
+    return off

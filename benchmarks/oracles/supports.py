@@ -57,28 +57,36 @@ def _on_sphere(z1: np.ndarray, z0: np.ndarray, radius: float) -> list[np.ndarray
     return [] if left < 0 else [(middle + sign * np.sqrt(left / square)) * z1 - z0 for sign in (1, -1)]
 
 
-@agrees("cagrad", oracle="every support, by least squares on rows", tolerance=1e-12)
-def cagrad_deviation(generator: np.random.Generator) -> float:
-    """How far min_i g_i'd is below the least F, or d - g0 from its length, beyond what a Gram matrix tells.
+def told(rows: np.ndarray, weights: np.ndarray) -> float:
+    """What a Gram matrix rounded to eps tells of the direction of J'w_in, and of g0: eps divided by this.
 
-    Relative to c |g0|, and to its product with the longest row. A Gram matrix rounded to a relative eps tells the
-    direction of a g_w of length theta sum_k w_k n_k to eps / theta^2 only; so these are times theta^2. Where the weights
-    are 0, theta^2 itself is what has to be no more than rounding, with F as a bound for it.
+    The square of the share of their lengths that cancellation leaves of both.
+    """
+    length = np.linalg.norm(rows, axis=1)
+    w = np.clip(weights - 1 / len(rows), 0, None)
+    left = np.linalg.norm(rows.T @ w) / (w @ length) * np.linalg.norm(rows.mean(axis=0)) / length.mean()
+    return float(left) ** 2
+
+
+@agrees("cagrad", oracle="every support, by least squares on rows", tolerance=1e-13)
+def cagrad_deviation(generator: np.random.Generator) -> float:
+    """How far min_i g_i'd is below the least F, or d - g0 from its length, as a share of what a Gram matrix tells.
+
+    Relative to c |g0|, and to its product with the longest row. Where the weights are 0, F may be above 0 by what
+    rounding leaves of a J'w that is 0, and not below.
     """
     rows = draw_rows(generator, max_tasks=5)
     c = float(generator.choice([0.01, 0.1, 0.4, 0.7, 0.95, 1.5, 4.0]))
     weights = cagrad_weights(torch.from_numpy(rows @ rows.T), c=c).weights.numpy()
     mean, length = rows.mean(axis=0), np.linalg.norm(rows, axis=1)
     reach = c * float(np.linalg.norm(mean))
-    if np.linalg.norm(mean) <= 1e-7 * length.mean():
-        return float(np.linalg.norm(rows.T @ weights) > 1e-6 * (1 + c) * length.mean())
+    d = rows.T @ weights
+    if np.linalg.norm(mean) <= 1e-7 * length.mean():  # is rounding, or nearly, and so is d
+        return float(np.linalg.norm(d) > 1e-6 * (1 + c) * length.mean())
     least, w_in = cagrad(rows, c)
     if not weights.any():
         above = least / (reach * (w_in @ length)) if least > 0 else 0.0
         return float(max(above**2, -least / (reach * length.max())))
-    d = rows.T @ weights
-    w = np.clip(weights - 1 / len(rows), 0, None)
-    theta = np.linalg.norm(rows.T @ w) / (w @ length)
     short = (least - (rows @ d).min()) / (reach * length.max())
     off = abs(np.linalg.norm(d - mean) / reach - 1)
-    return float(max(short, off) * theta**2)
+    return max(short, off) * told(rows, weights)

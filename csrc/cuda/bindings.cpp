@@ -14,6 +14,7 @@
 #include "gram.h"
 #include "gram_kernels.h"
 #include "solve.h"
+#include "state.h"
 #include "upload.h"
 
 #ifndef MTL_CUDA_MODULE
@@ -32,6 +33,8 @@ using mtl::cuda::GramCall;
 using mtl::cuda::GramPlan;
 using mtl::cuda::SolvePlans;
 using mtl::cuda::SolverArguments;
+using mtl::cuda::StatePlan;
+using mtl::cuda::StateUpdate;
 
 template <class T>
 T* at(Address address) {
@@ -39,6 +42,15 @@ T* at(Address address) {
 }
 
 cudaStream_t stream_at(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+std::vector<mtl::DType> dtypes_of(const std::vector<int>& codes) {
+  std::vector<mtl::DType> dtypes;
+  for (int code : codes) {
+    if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+    dtypes.push_back(static_cast<mtl::DType>(code));
+  }
+  return dtypes;
+}
 
 // What of a row table does not need the addresses.
 struct Sizes {
@@ -54,10 +66,7 @@ struct Sizes {
       throw std::invalid_argument("number of tasks out of range");
     if (codes.size() != numels.size() || groups.size() != numels.size())
       throw std::invalid_argument("sizes, dtypes and groups do not fit together");
-    for (int code : codes) {
-      if (code < 0 || code > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
-      dtypes.push_back(static_cast<mtl::DType>(code));
-    }
+    dtypes = dtypes_of(codes);
     for (std::int32_t group : groups)
       if (group < 0 || group >= num_groups) throw std::invalid_argument("group out of range");
     rows = {num_tasks,    static_cast<std::int64_t>(numels.size()), nullptr, numels.data(), dtypes.data(),
@@ -166,7 +175,7 @@ void gram(const GramPlan& plan, Address pointers, Address words, Address sums, A
 }
 
 void combine(const CombinePlan& plan, Address pointers, Address outputs, Address words, Address weights,
-             Address scale, Address found_inf, bool accumulate, Address stream) {
+             Address scale, Address found_inf, bool accumulate, Address rng, int trim, Address stream) {
   py::gil_scoped_release release;
   CombineCall{plan,
               at<const Address>(pointers),
@@ -175,7 +184,25 @@ void combine(const CombinePlan& plan, Address pointers, Address outputs, Address
               at<const double>(weights),
               at<const double>(scale),
               at<float>(found_inf),
-              accumulate}
+              accumulate,
+              at<const std::int64_t>(rng),
+              trim}
+      .run(stream_at(stream));
+}
+
+void update_state(const StatePlan& plan, Address rows, Address states, Address words, Address workspace,
+                  Address counters, int operation, Address keep, Address gain, double epsilon, Address sums,
+                  Address stream) {
+  py::gil_scoped_release release;
+  StateUpdate{
+      plan,
+      at<const Address>(rows),
+      at<const Address>(states),
+      at<const std::int64_t>(words),
+      at<double>(workspace),
+      at<unsigned>(counters),
+      {static_cast<mtl::StateOperation>(operation), at<const double>(keep), at<const double>(gain), epsilon},
+      at<double>(sums)}
       .run(stream_at(stream));
 }
 
@@ -226,13 +253,29 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
   py::class_<CombinePlan>(m, "CombinePlan", py::module_local())
       .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels,
                        const std::vector<int>& codes, std::vector<std::int32_t> groups, int num_groups,
-                       const std::vector<int>& outputs) {
+                       const std::vector<int>& outputs, int combination) {
         const Sizes sizes(num_tasks, std::move(numels), codes, std::move(groups), num_groups);
         if (outputs.size() != sizes.numels.size())
           throw std::invalid_argument("one output per parameter expected");
-        return CombinePlan(device, sizes.rows, num_groups, outputs);
+        return CombinePlan(device, sizes.rows, num_groups, outputs,
+                           static_cast<mtl::cuda::Combination>(combination));
       }))
       .def_property_readonly("words", [](const CombinePlan& plan) { return as_bytes(plan.words()); });
+
+  py::class_<StatePlan>(m, "StatePlan", py::module_local())
+      .def(py::init([](int device, int num_tasks, std::vector<std::int64_t> numels,
+                       const std::vector<int>& codes, std::vector<std::int32_t> groups, int num_groups,
+                       const std::vector<int>& row_codes, int operation) {
+        const Sizes sizes(num_tasks, std::move(numels), codes, std::move(groups), num_groups);
+        const std::vector<mtl::DType> row_dtypes = dtypes_of(row_codes);
+        if (row_dtypes.size() != sizes.numels.size())
+          throw std::invalid_argument("one dtype of rows per parameter expected");
+        return StatePlan(device, sizes.rows, row_dtypes, num_groups,
+                         static_cast<mtl::StateOperation>(operation));
+      }))
+      .def_property_readonly("words", [](const StatePlan& plan) { return as_bytes(plan.words()); })
+      .def_property_readonly("sum_doubles", &StatePlan::sum_doubles)
+      .def_property_readonly("num_counters", &StatePlan::num_counters);
 
   m.def("check_aligned", &check_aligned, py::arg("addresses"), py::arg("codes"),
         py::arg("of_outputs") = false);
@@ -240,6 +283,7 @@ PYBIND11_MODULE(MTL_CUDA_MODULE, m) {
         py::arg("counters"), py::arg("gram"), py::arg("norms"), py::arg("cosines"),
         py::arg("solver").none(true), py::arg("scratch"), py::arg("stream"));
   m.def("combine", &combine);
+  m.def("update_state", &update_state);
   m.def("solve_scratch", &solve_scratch);
   m.def("solve", &solve);
 

@@ -11,8 +11,9 @@ constexpr int kNumDTypes = 4;
 
 }  // namespace
 
-CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const std::vector<int>& outputs)
-    : device_(device), num_tasks_(rows.num_tasks), num_params_(rows.num_params) {
+CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const std::vector<int>& outputs,
+                         Combination combination)
+    : combination_(combination), device_(device), num_tasks_(rows.num_tasks), num_params_(rows.num_params) {
   const DeviceGuard guard(device);
   slow_double_ = has_slow_double(device);
   std::vector<Item> items;
@@ -26,17 +27,25 @@ CombinePlan::CombinePlan(int device, const RowTable& rows, int num_groups, const
     const CombineKernel kernel = kernel_of(item.kind);
     if (shapes[item.kind].step_columns != kernel.step_columns)
       shapes[item.kind] = {kernel.step_columns, kernel.max_steps,
-                           wave(kernel.run, device, kernel.threads, 0)};
+                           wave(kernel.run, device, kernel.threads, kernel.shared_bytes)};
   }
   if (!items.empty()) plan_ = make_plan(std::move(items), num_groups, shapes);
   for (const Part& part : plan_.parts) blocks_.push_back(std::min(part.num_slices, shapes[part.kind].blocks));
   tiles_at_ = words_.append(std::exchange(plan_.tiles, {}));  // first, where 16 bytes divide the address
   slices_at_ = words_.append(plan_.slices);
+  std::vector<std::int64_t> first_elements;
+  std::int64_t elements = 0;
+  for (std::int64_t p = 0; p < rows.num_params; elements += rows.numels[p++])
+    first_elements.push_back(elements);
+  first_elements_at_ = words_.append(first_elements);
 }
 
 CombineKernel CombinePlan::kernel_of(int kind) const {
-  return combine_kernel(static_cast<DType>(kind / kNumDTypes), static_cast<DType>(kind % kNumDTypes),
-                        slow_double_);
+  const auto dtype = static_cast<DType>(kind / kNumDTypes), output = static_cast<DType>(kind % kNumDTypes);
+  if (combination_ == Combination::kWeightedSum) return combine_kernel(dtype, output, slow_double_);
+  if (dtype != output) throw std::invalid_argument("an output has another dtype than its rows");
+  if (combination_ == Combination::kTrimmedMean) return trimmed_mean_kernel(dtype, num_tasks_);
+  return graddrop_kernel(dtype, combination_ == Combination::kLeakyGradDrop);
 }
 
 void CombineCall::run(cudaStream_t stream) const {
@@ -52,12 +61,16 @@ void CombineCall::run(cudaStream_t stream) const {
   args.scale = scale;
   args.found_inf = found_inf;
   args.accumulate = accumulate;
+  args.rng = rng;
+  args.first_elements = table_at<std::int64_t>(words, plan.first_elements_at_);
+  args.trim = trim;
   for (std::size_t n = 0; n < plan.plan_.parts.size(); ++n) {
     const Part& part = plan.plan_.parts[n];
     const CombineKernel kernel = plan.kernel_of(part.kind);
     args.first_slice = part.first_slice;
     args.num_slices = part.num_slices;
-    launch(kernel.run, {static_cast<int>(plan.blocks_[n]), kernel.threads, 0, stream}, args, "combine");
+    launch(kernel.run, {static_cast<int>(plan.blocks_[n]), kernel.threads, kernel.shared_bytes, stream}, args,
+           "combine");
   }
 }
 

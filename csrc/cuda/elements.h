@@ -159,6 +159,12 @@ struct alignas(16) Vector {
   }
 };
 
+// Elements side by side that go to memory, 16 bytes at once if there are as many.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
+  T at[kCount];
+};
+
 // A row as the kernels see it: an address, 0 for a task that does not reach the parameter or does not exist.
 __device__ __forceinline__ std::uintptr_t row_address(const std::uintptr_t* pointers, std::int64_t num_params,
                                                       int num_tasks, int k, int param) {

@@ -76,13 +76,11 @@ void GramCall::run(cudaStream_t stream) const {
   args.pointers = pointers;
   args.tiles = table_at<Tile>(words, plan.tiles_at_);
   args.slices = table_at<Slice>(words, plan.slices_at_);
-  args.groups = table_at<GroupPods>(words, plan.groups_at_);
   args.num_groups = static_cast<std::int64_t>(plan.plan_.groups.size());
-  args.slice_sums = sums;
-  args.pod_sums = sums + static_cast<std::int64_t>(plan.plan_.slices.size()) * num_pairs(plan.num_tasks_);
-  args.pod_arrivals = counters;
-  args.group_arrivals = counters + plan.plan_.num_pods;
-  args.arrivals = args.group_arrivals + plan.plan_.groups.size();
+  args.meeting = {table_at<GroupPods>(words, plan.groups_at_), sums,
+                  sums + static_cast<std::int64_t>(plan.plan_.slices.size()) * num_pairs(plan.num_tasks_),
+                  counters, counters + plan.plan_.num_pods};
+  args.arrivals = args.meeting.group_arrivals + plan.plan_.groups.size();
   args.gram = gram;
   args.norms = norms;
   args.cosines = cosines;

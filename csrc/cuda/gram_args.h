@@ -1,6 +1,7 @@
 #pragma once
 
 #include "device.h"
+#include "pods.h"
 #include "solver_call.h"
 #include "tables.h"
 
@@ -13,14 +14,10 @@ struct GramArgs {
   const std::uintptr_t* pointers;  // [K, P], 0 = the task does not reach the parameter
   const Tile* tiles;
   const Slice* slices;
-  const GroupPods* groups;
   std::int64_t num_groups;
   std::int64_t first_slice;
   std::int64_t num_slices;
-  double* slice_sums;      // [slices][pairs], pair (i, j <= i) at i (i + 1) / 2 + j
-  double* pod_sums;        // [pods][pairs]
-  unsigned* pod_arrivals;  // [pods], zero before and after every launch
-  unsigned* group_arrivals;
+  Meeting meeting;     // sums of pairs, (i, j <= i) at i (i + 1) / 2 + j
   unsigned* arrivals;  // of groups
   double* gram;        // [groups][K][K]
   double* norms;       // [groups][K], or nullptr with cosines

@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(Shape<T, kBands>::kThreads, Shape<T, kBands>::
         add_to_triangle<S>(share, sums, triangle);
     }
     __syncthreads();
-    double* out = args.slice_sums + static_cast<std::int64_t>(slice_number) * pairs;
+    double* out = args.meeting.slice_sums + static_cast<std::int64_t>(slice_number) * pairs;
     bool finite = true;
     for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += S::kThreads) {
       out[pair] = triangle[pair];

@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<K, kFloatSums>)
       columns.end = tile.columns;
       add_tile<T, K, kFloatSums>(columns, in_float, sums);
     }
-    double* out = args.slice_sums + static_cast<std::int64_t>(slice_number) * num_pairs(args.num_tasks);
+    double* out =
+        args.meeting.slice_sums + static_cast<std::int64_t>(slice_number) * num_pairs(args.num_tasks);
     const bool finite = write_block_sums<K>(sums, args.num_tasks, out);
     mend_absent_rows<T>(args, slice_number, finite, out);
     finish<kTriangleTasks>(args, slice_number);

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import SolverCall
-from ..definitions import elementwise
+from ..call import ColumnCall, SolverCall, StateCall
 from ..rows import DTYPE_CODES, RowTable
 from ..uploads import Cache, capturing, on_host, packed
 
@@ -129,6 +128,10 @@ class _Capture(_Stream):
         return self.upload(torch.zeros(size, dtype=torch.int32, device="cpu"))
 
 
+_WEIGHTED_SUM, _GRADDROP, _LEAKY_GRADDROP, _TRIMMED_MEAN = range(4)
+"""What is made of a column, at the numbers that the module knows."""
+
+
 def _address(memory: Any) -> int:
     """Of a tensor or of a copy made by the module; 0 for None."""
     if memory is None:
@@ -145,8 +148,6 @@ class CudaBackend:
     """
 
     fused = True
-    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
-    update_state = staticmethod(elementwise.update_state)
 
     def __init__(self, name: str = "cuda", module: Any = None, device_type: str = "cuda") -> None:
         self.name = name
@@ -206,28 +207,88 @@ class CudaBackend:
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
+        self._combine(_WEIGHTED_SUM, table, groups, weights, out, scale, found_inf, accumulate)
+
+    def reduce_columns_into(self, table: RowTable, call: ColumnCall, out: Sequence[Tensor | None]) -> None:
+        if call.operation == "trimmed_mean":
+            combination = _TRIMMED_MEAN
+        else:
+            combination = _GRADDROP if call.leak is None else _LEAKY_GRADDROP
+        self._combine(combination, table, [0] * table.num_params, call.leak, out, rng=call.rng, trim=call.trim)
+
+    def _combine(
+        self,
+        combination: int,
+        table: RowTable,
+        groups: Sequence[int],
+        weights: Tensor | None,
+        out: Sequence[Tensor | None],
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        accumulate: bool = False,
+        rng: Tensor | None = None,
+        trim: int = 0,
+    ) -> None:
         stream, handle = self._stream(table.device)
         outputs = tuple([-1 if tensor is None else DTYPE_CODES[tensor.dtype] for tensor in out])
         targets = packed([0 if tensor is None else tensor.data_ptr() for tensor in out])
-        num_groups = weights.shape[0]
+        num_groups = 1 if weights is None or weights.dim() == 1 else weights.shape[0]
 
         def make() -> _Launch:
             check = functools.partial(self._module.check_aligned, of_outputs=True)
-            sizes = (groups, num_groups, outputs)
+            sizes = (groups, num_groups, outputs, combination)
             return self._prepare(stream, self._module.CombinePlan, table, sizes, stream.table(targets, outputs, check))
 
         with stream.lock:
-            key = (handle, _grouping(groups, num_groups), targets, outputs)
+            key = (handle, _grouping(groups, num_groups), targets, outputs, combination)
             launch = stream.launch_of(table, "combine", key, make)
             self._module.combine(
                 launch.plan,
                 *launch.addresses,
-                weights.data_ptr(),
+                _address(weights),
                 _address(scale),
                 _address(found_inf),
                 accumulate,
+                _address(rng),
+                trim,
                 handle,
             )
+
+    def update_state(
+        self, table: RowTable, state: RowTable, call: StateCall, groups: Sequence[int], sums: Tensor
+    ) -> None:
+        stream, handle = self._stream(state.device)
+        num_groups, row_codes = sums.shape[0], tuple(table.codes)
+
+        def make() -> _Launch:
+            rows = stream.table(table.addresses, table.codes, self._module.check_aligned)
+            return self._prepare(
+                stream, self._module.StatePlan, state, (groups, num_groups, row_codes, call.code), rows
+            )
+
+        with stream.lock:
+            key = (handle, _grouping(groups, num_groups), table.addresses, row_codes, call.code)
+            launch = stream.launch_of(state, "state", key, make)
+            states, rows, words = launch.addresses
+            workspace, counters = stream.doubles(launch.plan.sum_doubles), stream.counters(launch.plan.num_counters)
+            try:
+                self._module.update_state(
+                    launch.plan,
+                    rows,
+                    states,
+                    words,
+                    workspace.data_ptr(),
+                    _address(counters),
+                    call.code,
+                    _address(call.keep),
+                    call.gain.data_ptr(),
+                    call.epsilon,
+                    sums.data_ptr(),
+                    handle,
+                )
+            except RuntimeError:
+                stream.forget_counters()
+                raise
 
     def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         stream, handle = self._stream(gram.device)

@@ -44,9 +44,9 @@ def cagrad_weights(
         backend: see `mtl_kernels.use_backend`.
 
     Returns:
-        `Solution`: weights >= 0; gap = F(w_in) - min_j g_j'd over active j, with d before it is rescaled, in units of G,
-        which certifies F(w_in) - optimum <= gap; iterations. J'w_in counts as zero where w'Gw is rounding of G:
-        <= 8 K_active eps (sum_k w_k n_k)^2. Where w_in is not unique d is, unless c >= 1 and d = 0.
+        `Solution`: weights >= 0; gap = F(w_in) - min_j g_j'd over active j, of d before it is rescaled, in units of G,
+        which certifies F(w_in) - optimum <= gap; iterations. J'w_in counts as zero where w'Gw is rounding of G, at most
+        8 K_active eps (sum_k w_k n_k)^2. Dependent rows may share the weights in more ways than one; d is the same.
 
     Raises:
         ValueError, TypeError: an unknown rescale or scale, c negative or not finite, or tensors of the wrong shape,
@@ -93,33 +93,36 @@ def _correction(gram: Tensor, c: float) -> tuple[Tensor | None, float, int]:
     scale = float(torch.ldexp(torch.ones_like(gram[0, 0]), -torch.frexp(gram.diagonal().max().clamp(min=0))[1]))
     gram = gram * scale
     norm = gram.diagonal().clamp(min=0).sqrt()
-    square, ridge = gram.mean(), 4 * _EPSILON * num_tasks
-    if not square > 2 * ridge * norm.mean() ** 2:
-        return None, 0.0, 0
-    unit, p = float(square.sqrt()) * max(1.0, c), min(1.0, c)
+    square, length = gram.mean(), norm.mean()
     there = norm > 0
     n = norm[there]
-    a, b = n.min() / n, gram.mean(-1)[there] / (n * unit)
     cosines = gram[there][:, there] / n / n.unsqueeze(1)
-    matrix = cosines + ridge * torch.eye(len(n), dtype=gram.dtype, device="cpu")
+    one = torch.eye(len(n), dtype=gram.dtype, device="cpu")
+    ridge = 4 * _EPSILON * num_tasks
+    while torch.linalg.cholesky_ex(cosines + ridge / 2 * one).info and ridge < num_tasks:
+        ridge *= 16  # a Gram matrix that is indefinite by more than the rounding of float64
+    if not square > 2 * ridge * length**2:
+        return None, 0.0, 0
+    unit, p = float(square.sqrt()) * max(1.0, c), min(1.0, c)
+    a, b = n.min() / n, gram.mean(-1)[there] / (n * unit)
+    matrix = cosines + ridge * one
 
     def gap_of(v: Tensor, value: Tensor | float) -> float:
         below = value * n.min() - (b + cosines @ v) * n
         return float(below.max().clamp(min=0)) * unit / scale
 
-    shortest, nearest = (_least_distance(matrix, target, torch.zeros_like(b)) for target in (a, -b))
-    stationary = not there.all() or a @ shortest <= 2 * ridge * shortest.sum() ** 2
+    shortest, nearest = (_least_distance(matrix, target, torch.zeros_like(b)) for target in (torch.ones_like(b), -b))
+    stationary = not there.all() or 1 <= 2 * ridge * shortest.sum()  # 1 / sum v: the least v'Cv where sum v = 1
     reached = nearest @ matrix @ nearest <= p * p  # t = 0, which where the rows are stationary is all there is
     if reached and stationary:
         return None, gap_of(nearest, 0.0), 0
     t, v = ((b + p * math.sqrt(1 + ridge)) / a).min() if reached else torch.zeros_like(square), nearest
-    for iterations in range(1, 101):
+    step, iterations = torch.full_like(t, math.inf), 0
+    while step > _EPSILON * t.abs() and iterations < 100:
         v = _least_distance(matrix, t * a - b, v)
         length = (v @ matrix @ v).sqrt()
         step = length * (length - p) / (a @ v)
-        if not step > _EPSILON * t.abs():
-            break
-        t = t - step
+        t, iterations = t - step, iterations + 1
     inside = v > 0
     best = math.inf
     for _ in range(3):  # the ridge taken out again

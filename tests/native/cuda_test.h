@@ -137,7 +137,7 @@ struct Solution {
 };
 Solution solve_on_host(const SolverCase& solver, int num_tasks, const double* gram,
                        const unsigned char* active, const std::int64_t* rng, std::int64_t index);
-// pcgrad: the same bits. The others add up in another order: the same least norm, or the same direction.
+// The same bits, where a team adds up in one order whatever its size; else the same least norm, or direction.
 void expect_same_solution(const SolverCase& solver, int num_tasks, const double* gram, const double* weights,
                           const double* certificate, const double* state, const Solution& host);
 
@@ -150,6 +150,8 @@ void test_gram_range(DType dtype);
 void test_gram_solver();
 void test_combine(DType rows);
 void test_combine_mixed();
+void test_columns(DType dtype);
+void test_states(DType rows);
 void test_rounding();
 void test_solve();
 

@@ -568,6 +568,128 @@ void test_stochastic() {
   }
 }
 
+// GradVac by its definition on vectors, in ascending order: the direction, and the targets after the step.
+std::vector<double> gradvac_direction(const Matrix& rows, double beta, std::vector<double>* targets) {
+  const std::size_t k = rows.size(), n = rows[0].size();
+  const auto dot = [n](const std::vector<double>& a, const std::vector<double>& b) {
+    double total = 0;
+    for (std::size_t col = 0; col < n; ++col) total += a[col] * b[col];
+    return total;
+  };
+  std::vector<double> d(n, 0.0);
+  for (std::size_t i = 0; i < k; ++i) {
+    std::vector<double> g = rows[i];
+    for (std::size_t j = 0; j < k; ++j) {
+      if (j == i) continue;
+      const double length = std::sqrt(dot(g, g)), other = std::sqrt(dot(rows[j], rows[j]));
+      const double c = dot(g, rows[j]) / (length * other);
+      double& r = (*targets)[i * k + j];
+      if (c < r) {
+        const double more =
+            length * (r * std::sqrt(1 - c * c) - c * std::sqrt(1 - r * r)) / (other * std::sqrt(1 - r * r));
+        for (std::size_t col = 0; col < n; ++col) g[col] += more * rows[j][col];
+      }
+      r = (1 - beta) * r + beta * c;
+    }
+    for (std::size_t col = 0; col < n; ++col) d[col] += g[col];
+  }
+  return d;
+}
+
+void test_gradvac() {
+  std::mt19937 engine(29);
+  for (int trial = 0; trial < 500; ++trial) {
+    const std::size_t k = trial % 100 == 0 ? 128 : 1 + engine() % 12;
+    const std::size_t n = k + 4 + engine() % 8;
+    std::vector<double> targets(k * k, 0.1), state = targets;
+    for (int step = 0; step < 3; ++step) {
+      const Matrix rows = random_rows(engine, k, n, 0);
+      const Result found = solve<mtl::Gradvac>(gram_of(rows), {0.0, 0.0, 0.3}, {}, nullptr, 0, 1, state);
+      const std::vector<double> expected = gradvac_direction(rows, 0.3, &targets);
+      state = found.state;
+      for (std::size_t c = 0; c < n; ++c) {
+        double d = 0;
+        for (std::size_t i = 0; i < k; ++i) d += found.weights[i] * rows[i][c];
+        CHECK(std::fabs(d - expected[c]) < 1e-9 * (1 + std::fabs(expected[c])),
+              "trial %d K %zu: %g, expected %g", trial, k, d, expected[c]);
+      }
+      for (std::size_t i = 0; i < k * k; ++i)
+        CHECK(std::fabs(state[i] - targets[i]) < 1e-9, "trial %d K %zu: target %g, expected %g", trial, k,
+              state[i], targets[i]);
+    }
+  }
+}
+
+// F(w) = g_w'g0 + c |g0| |g_w| of CAGrad, g_w = J'w, and the least g_i'd of a d on the way from g0 along g_w.
+std::pair<long double, long double> cagrad_bounds(const Matrix& rows, const std::vector<double>& w,
+                                                  double c) {
+  const std::size_t k = rows.size(), n = rows[0].size();
+  std::vector<long double> mean(n), g(n);
+  long double product = 0, mean_square = 0, square = 0, total = 0;
+  for (double x : w) total += x;
+  for (std::size_t col = 0; col < n; ++col) {
+    for (std::size_t i = 0; i < k; ++i) {
+      mean[col] += static_cast<long double>(rows[i][col]) / k;
+      g[col] += rows[i][col] * (w[i] / total);
+    }
+    product += mean[col] * g[col];
+    mean_square += mean[col] * mean[col];
+    square += g[col] * g[col];
+  }
+  const long double reach = c * std::sqrt(mean_square);
+  long double least = std::numeric_limits<long double>::infinity();
+  for (std::size_t i = 0; i < k; ++i) {
+    long double gain = 0;
+    for (std::size_t col = 0; col < n; ++col)
+      gain += rows[i][col] * (mean[col] + reach * g[col] / std::sqrt(square));
+    least = std::min(least, gain);
+  }
+  return {product + reach * std::sqrt(square), least};
+}
+
+void test_cagrad() {
+  std::mt19937 engine(23);
+  int zeros = 0;
+  for (int trial = 0; trial < 4000; ++trial) {
+    const std::size_t k = trial % 200 == 0 ? 128 : 1 + engine() % 20;
+    const int kind = static_cast<int>(engine() % 7);
+    const Matrix rows = random_rows(engine, k, 1 + engine() % (2 * k), kind);
+    const std::vector<double> gram = gram_of(rows);
+    const double c = trial % 3 == 0 ? 0.4 : trial % 3 == 1 ? 0.05 : 3.0;
+    const Result found = solve<mtl::Cagrad>(gram, {c, 0, 0});
+    const Result rescaled = solve<mtl::Cagrad>(gram, {c, 1, 1});
+    double largest = 0;
+    for (std::size_t i = 0; i < k; ++i) {
+      largest = std::max(largest, gram[i * k + i]);
+      CHECK(
+          std::fabs(rescaled.weights[i] * (1 + c * c) - k * found.weights[i]) <= 1e-14 * k * found.weights[i],
+          "trial %d: rescaled", trial);
+    }
+    CHECK(found.iterations <= 5 * static_cast<int>(k), "trial %d K %zu: %d iterations", trial, k,
+          found.iterations);
+    if (std::count(found.weights.begin(), found.weights.end(), 0.0) == static_cast<int>(k)) {
+      ++zeros;
+      CHECK(found.gap <= 1e-12 * largest, "trial %d kind %d K %zu: gap %g at 0", trial, kind, k, found.gap);
+      if (c < 1) continue;
+      const std::vector<double> w = min_norm(gram).weights;  // from c = 1 on 0 is for stationary rows alone
+      const long double unit = longest(rows, w);
+      CHECK(objective(rows, w) <= 1e-14L * (k + 10) * unit * unit, "trial %d kind %d K %zu: not stationary",
+            trial, kind, k);
+      continue;
+    }
+    std::vector<double> w(found.weights);
+    for (double& x : w) x = std::max(x - 1.0 / static_cast<double>(k), 0.0);
+    const long double unit = longest(rows, w);
+    const double left = static_cast<double>(std::sqrt(objective(rows, w)) / unit);
+    const auto [value, least] = cagrad_bounds(rows, w, c);
+    const double bound = 1e-13 * (1 + c) * static_cast<double>(k) / left * largest;
+    CHECK(found.gap <= bound, "trial %d kind %d K %zu: gap %g, bound %g", trial, kind, k, found.gap, bound);
+    CHECK(value - least <= bound, "trial %d kind %d K %zu: %Lg, bound %g", trial, kind, k, value - least,
+          bound);
+  }
+  CHECK(zeros > 400 && zeros < 2000, "%d of 4000 are stationary", zeros);
+}
+
 // A factor that a row is taken out of is that of the matrix without it.
 void test_removal() {
   std::mt19937 engine(23);
@@ -903,6 +1025,16 @@ void test_teams() {
     for (std::size_t i = 0; i < k; ++i) {
       CHECK(serial.weights[i] == team.weights[i], "trial %d: %d threads", trial, threads);
     }
+    const Result vaccine = solve<mtl::Gradvac>(gram, {1, 1, 0.5}, active, rng);
+    const Result vaccines = solve<mtl::Gradvac>(gram, {1, 1, 0.5}, active, rng, 0, threads);
+    CHECK(vaccine.weights == vaccines.weights && vaccine.state == vaccines.state, "trial %d: %d threads",
+          trial, threads);
+    const Result averse = solve<mtl::Cagrad>(gram, {0.4, 0, 0}, active);
+    const Result together = solve<mtl::Cagrad>(gram, {0.4, 0, 0}, active, nullptr, 0, threads);
+    std::vector<double> off(k);
+    for (std::size_t i = 0; i < k; ++i) off[i] = averse.weights[i] - together.weights[i];
+    CHECK(objective(rows, off) < 1e-16L, "trial %d: %d threads: off by %Lg", trial, threads,
+          objective(rows, off));
     for (double published : {0.0, 1.0}) {
       const Result alone = solve<mtl::MinNorm>(gram, {published, 20, 0}, active);
       const Result together = solve<mtl::MinNorm>(gram, {published, 20, 0}, active, nullptr, 0, threads);
@@ -931,6 +1063,8 @@ int main() {
   test_min_norm_degenerate();
   test_frank_wolfe();
   test_pcgrad();
+  test_gradvac();
+  test_cagrad();
   test_jacobi();
   test_jacobi_on_graded_rows();
   test_spectral_weights();

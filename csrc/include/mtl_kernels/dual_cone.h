@@ -57,12 +57,20 @@ class DualCone {
     return PackedCholesky::doubles(num_tasks) + std::size_t{7} * static_cast<std::size_t>(num_tasks);
   }
 
-  MTL_HD DualCone(const Team& team, const Problem& p, const ConeRows& unit, int num_active, double* scratch)
+  // What `rounding` is of these rows. `scratch` is that of a cone, before there is one.
+  MTL_HD static double rounding_of(const Team& team, const Problem& p, const ConeRows& unit, int num_active,
+                                   double* scratch) {
+    const PackedCholesky factor{scratch, p.num_tasks};
+    return cosine_rounding(team, p, unit.inverse, 1.0, 4.0 * DBL_EPSILON * num_active, factor,
+                           scratch + PackedCholesky::doubles(p.num_tasks));
+  }
+
+  MTL_HD DualCone(const Team& team, const Problem& p, const ConeRows& unit, double rounding, double* scratch)
       : team_(team),
         p_(p),
         unit_(unit),
         num_tasks_(p.num_tasks),
-        floor_(4.0 * DBL_EPSILON * num_active),
+        floor_(rounding),
         factor_{opaque(scratch), p.num_tasks},
         vectors_(factor_.data + PackedCholesky::doubles(p.num_tasks)),
         support_(reinterpret_cast<int*>(vectors_ + 6 * num_tasks_)),

@@ -142,4 +142,29 @@ struct PackedCholesky {
   }
 };
 
+// What has to be added to the diagonal of the cosines C_ij = scale G_ij inverse_i inverse_j, of the tasks
+// with inverse > 0, for them to be those of rows: `least`, what rounding in float64 makes of them, or as much
+// more as the Gram matrix is indefinite by. `column` and the factor are scratch.
+template <class Team>
+MTL_HD double cosine_rounding(const Team& team, const Problem& p, const double* inverse, double scale,
+                              double least, const PackedCholesky& factor, double* column) {
+  double ridge = least;
+  for (bool definite = false; !definite && ridge < p.num_tasks; ridge *= definite ? 1.0 : 16.0) {
+    definite = true;
+    int n = 0;
+    for (int j = 0; j < p.num_tasks && definite; ++j) {
+      if (!(inverse[j] > 0.0)) continue;
+      int k = 0;
+      for (int i = 0; i < j; ++i) {
+        if (!(inverse[i] > 0.0)) continue;
+        if (k % team.size() == team.rank()) column[k] = scale * p.row(i)[j] * inverse[i] * inverse[j];
+        ++k;
+      }
+      team.sync();
+      definite = factor.append(team, n++, column, 1.0 + ridge, ridge) >= 0.5 * ridge;
+    }
+  }
+  return ridge;
+}
+
 }  // namespace mtl

@@ -18,15 +18,15 @@ from .base import About, Method, check_choice
 class CAGrad(Method):
     """Conflict-averse gradient descent, Algorithm 1 of Liu et al. 2021 (arXiv 2110.14048).
 
-    With g0 the mean of the gradients, d maximises min_i g_i . d within ||d - g0|| <= c ||g0||. By its dual problem: with
-    u = 1 / K and p = c ||g0||, w_in minimises w^T G u + p sqrt(w^T G w) over the simplex, exactly, and
+    With g0 the mean of the gradients, d maximises min_i g_i . d within ||d - g0|| <= c ||g0||. By its dual problem:
+    with u = 1 / K and p = c ||g0||, w_in minimises w^T G u + p sqrt(w^T G w) over the simplex, exactly, and then
     w = u + p w_in / ||J^T w_in||.
 
     Args:
         c: how far d may be from g0, a finite number >= 0; 0 is `Mean`. With c < 1, as in the paper, a d that is not 0
-            descends the mean loss, g0 . d >= (1 - c) ||g0||^2, though maybe not every loss. With c >= 1 it descends every
-            loss, g_i . d > 0, and is 0 wherever that cannot be, at all Pareto-stationary points. The paper has 0.4 most
-            of the time.
+            descends the mean loss, g0 . d >= (1 - c) ||g0||^2, though maybe not every loss. With c >= 1 it descends
+            every loss, g_i . d > 0, and is 0 wherever that cannot be, at all Pareto-stationary points. The paper has
+            0.4 most of the time.
         rescale: "none"; "paper" divides by 1 + c^2, "max" by 1 + c, the most that ||d|| / ||g0|| can be. The authors'
             code takes "paper".
         scale: "mean" (the paper), or "sum", which multiplies by the number of active tasks, as the authors' code does

@@ -7,6 +7,7 @@
 #include "mtl_kernels/solvers/config.h"
 #include "mtl_kernels/solvers/dual_cone.h"
 #include "mtl_kernels/solvers/fair.h"
+#include "mtl_kernels/solvers/gradvac.h"
 #include "mtl_kernels/solvers/imtl_g.h"
 #include "mtl_kernels/solvers/krum.h"
 #include "mtl_kernels/solvers/min_norm.h"
@@ -29,7 +30,7 @@ struct SolverList {
 // compile, and registers where it needs many. The others are a launch of their own.
 using FusedSolvers = SolverList<MinNorm, Pcgrad>;
 
-using AllSolvers = FusedSolvers::Then<AlignedMtl, Cagrad, Config, Dualproj, FairGrad, ImtlG, Krum, Modo,
-                                      NashMtl, Pcd, RandomWeights, Sdmgrad, Upgrad>;
+using AllSolvers = FusedSolvers::Then<AlignedMtl, Cagrad, Config, Dualproj, FairGrad, Gradvac, ImtlG, Krum,
+                                      Modo, NashMtl, Pcd, RandomWeights, Sdmgrad, Upgrad>;
 
 }  // namespace mtl

@@ -3,11 +3,10 @@
 // CAGrad (Liu et al. 2021, arXiv 2110.14048, Algorithm 1): with g0 = J'u the mean of the active rows and
 // p = c ||g0||, w_in minimises F(w) = w'Gu + p sqrt(w'Gw) over the simplex, and w = u + p w_in / ||J'w_in||.
 // Then d = J'w is as far in the direction of its least g_i'd as ||d - g0|| <= p allows.
-//   options: {c >= 0, rescale (0 none, 1: w / (1 + c^2), 2: w / (1 + c)), times the number of active tasks
-//   (0/1)} certificate: {F(w_in) - min_j g_j'(g0 + p J'w_in / ||J'w_in||) over active j, iterations}, of w
-//   before it
-//     is rescaled; F(w_in) - optimum <= gap
-// A minimiser with J'w_in = 0 is a Pareto-stationary point: w = 0. So is a mean of 0.
+//   options: {c >= 0, rescale: w / (1: 1 + c^2, 2: 1 + c), times the number of active tasks (0/1)}
+//   certificate: {F(w_in) - min_j g_j'd over active j, d before it is rescaled, iterations}; F(w_in) -
+//   optimum <= gap
+// Where J'w_in = 0 no d within p of g0 descends every loss, and w = 0. So it is for a mean of 0.
 //
 // On unit rows: with C_ij = G_ij / (n_i n_j), a_i = min n / n_i, b_i = g0'g_i / n_i and v_i = w_i n_i, F is
 // (b'v + p sqrt(v'Cv)) / a'v, the same for all multiples of v >= 0. An active-set method like Wolfe's for the
@@ -18,9 +17,10 @@
 // r the length of C^-1 (h a - b). With r >= p there is none, and F falls all along that direction.
 //
 // C + ridge I stands for C there, with a ridge of the size of C's rounding: it has an inverse whatever C is,
-// and F a gradient where J'v = 0. Newton's method takes the ridge out again at the end. Where all is
-// rounding, of v'Cv <= 2 ridge (sum v)^2, J'v counts as 0.
+// and F a gradient where J'v = 0. Newton's method takes the ridge out again at the end. That F is least where
+// J'v = 0 is found beforehand: where v'Cv <= 2 ridge (sum v)^2 of some v, it counts as 0.
 
+#include "mtl_kernels/dual_cone.h"
 #include "mtl_kernels/small_matrix.h"
 #include "mtl_kernels/solver.h"
 
@@ -29,9 +29,12 @@ namespace mtl {
 template <class Team>
 class ConflictAverse {
  public:
-  // The factor, nine vectors, and two of int (78 KB at K = 128).
+  // The factor, nine vectors, and two of int (78 KB at K = 128); or, before that, what the dual cone needs.
   MTL_HD static constexpr std::size_t scratch_doubles(int num_tasks) {
-    return PackedCholesky::doubles(num_tasks) + std::size_t{10} * static_cast<std::size_t>(num_tasks);
+    const std::size_t own =
+        PackedCholesky::doubles(num_tasks) + std::size_t{10} * static_cast<std::size_t>(num_tasks);
+    const std::size_t cone = ConeRows::doubles(num_tasks) + DualCone<SerialTeam>::scratch_doubles(num_tasks);
+    return own > cone ? own : cone;
   }
 
   MTL_HD ConflictAverse(const Team& team, const Problem& p, int num_active)
@@ -56,25 +59,24 @@ class ConflictAverse {
 
   // p.weights and p.certificate, but for the rescaling.
   MTL_HD void run(double c) {
-    set_equal(1.0 / num_active_);
-    if (c * c == 0.0) {  // also of a c so small that w is the mean but for rounding
-      set_certificate(team_, p_, 0.0, 0);
-      team_.sync();
-      return;
-    }
-    if (!find_mean(c)) {
-      set_equal(0.0);
-      set_certificate(team_, p_, 0.0, 0);
-      team_.sync();
-      return;
-    }
-    const int iterations = descend(10 * num_tasks_ + 40);
-    const bool cancels = support_cancels();
-    const bool stationary = cancels || (has_zero_row_ && value_ >= 0.0);
-    const double gap = stationary ? gap_at_zero(cancels, 10 * num_tasks_ + 40) : refine();
-    for (int i = team_.rank(); i < num_tasks_; i += team_.size()) {
-      const double share = p_.is_active(i) ? 1.0 / num_active_ : 0.0;
-      best_[i] = stationary ? 0.0 : share + unit_ * radius_ * v_[i] * inverse_norm_[i];
+    double gap = 0.0;
+    int iterations = 0;
+    set_weights(1.0 / num_active_);
+    if (c * c > 0.0) {  // else w is the mean but for rounding
+      bool is_zero = !find_mean(c);
+      if (!is_zero && !clearly_descends()) {
+        is_zero = is_stationary(c, &gap, &iterations);
+        set_weights(1.0 / num_active_);
+        if (!is_zero) find_mean(c);
+      }
+      if (is_zero) {
+        set_weights(0.0);
+      } else {
+        iterations = descend(10 * num_tasks_ + 40);
+        gap = refine();
+        for (int i = team_.rank(); i < num_tasks_; i += team_.size())
+          best_[i] = (p_.is_active(i) ? 1.0 / num_active_ : 0.0) + unit_ * radius_ * v_[i] * inverse_norm_[i];
+      }
     }
     set_certificate(team_, p_, gap > 0.0 ? gap / scale_ : 0.0, iterations);
     team_.sync();
@@ -83,7 +85,7 @@ class ConflictAverse {
  private:
   enum State : int { kInSupport = 1, kEntered = 2 };  // bits; kEntered: since F last fell
 
-  MTL_HD void set_equal(double value) {
+  MTL_HD void set_weights(double value) {
     for (int i = team_.rank(); i < num_tasks_; i += team_.size())
       p_.weights[i] = p_.is_active(i) ? value : 0.0;
     team_.sync();
@@ -107,9 +109,12 @@ class ConflictAverse {
       state_[i] = 0;
     }
     squares = team_.sum(squares) / num_active_;
+    size_ = 0;
     length = team_.sum(length) / num_active_;
     has_zero_row_ = team_.any(zero);
     inverse_least_ = -team_.min(-inverse_least);
+    ridge_ = cosine_rounding(team_, p_, inverse_norm_, scale_, ridge_, factor_, column_);
+    mean_square_ = squares;
     if (!(squares > 2.0 * ridge_ * length * length)) return false;
     unit_ = sqrt(squares) * (c > 1.0 ? c : 1.0);
     radius_ = c > 1.0 ? 1.0 : c;
@@ -160,58 +165,54 @@ class ConflictAverse {
     return iterations;
   }
 
-  // Whether the rows of the support add up to 0. F, which is least there, is then 0.
-  MTL_HD bool support_cancels() const {
-    double inverse_square = 0.0, share = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
-      inverse_square += forward_a_[k] * forward_a_[k];
-      share += a_[support_[k]] * v_[support_[k]];
+  // Whether g0 descends every loss, and by enough for the rows not to be stationary, up to rounding.
+  MTL_HD bool clearly_descends() const {
+    double least = 0.0;
+    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
+      const double cosine = b_[j] * unit_ / sqrt(mean_square_);
+      if (p_.is_active(j) && !(inverse_norm_[j] > 0.0 && cosine > 4.0 * sqrt(2.0 * ridge_))) least = -1.0;
     }
-    inverse_square = team_.sum(inverse_square);  // of the least norm among a'v = 1
-    share = team_.sum(share);
-    return share * share <= 2.0 * ridge_ * length_ * length_ * inverse_square;
+    return team_.min(least) == 0.0;
   }
 
-  // The gap of F = 0, which any d within p of g0 bounds. Where the support cancels v is a direction of
-  // rounding, and gives way to the least v >= 0 with g_j'd >= 0, d = g0 + p J'v: the d nearest to g0, by the
-  // active-set method of Lawson and Hanson.
-  MTL_HD double gap_at_zero(bool cancels, int cap) {
-    value_ = 0.0;
-    if (cancels) {
-      for (int i = team_.rank(); i < num_tasks_; i += team_.size()) {
-        v_[i] = product_[i] = 0.0;
-        state_[i] = 0;
-      }
-      team_.sync();
-      size_ = 0;
-      noise_ = length_ = 0.0;
-      double best = 0.0;
-      MTL_NO_UNROLL
-      for (int iterations = 0; iterations < cap; ++iterations) {
-        const int entering = find_violation();
-        if (entering < 0) break;
-        enter(entering);
-        for (;;) {
-          for (int k = team_.rank(); k < size_; k += team_.size()) target_[k] = -forward_b_[k] / radius_;
-          team_.sync();
-          factor_.back_substitute(team_, size_, target_);
-          if (!move(false)) break;
-        }
-        multiply(ridge_);
-        double change = 0.0, length = 0.0;
-        for (int k = team_.rank(); k < size_; k += team_.size()) {
-          const int i = support_[k];
-          change += v_[i] * (b_[i] / radius_ + 0.5 * product_[i]);
-          length += v_[i];
-        }
-        change = team_.sum(change);
-        length_ = team_.sum(length);
-        if (change < best) forget_entries();
-        best = change < best ? change : best;
-      }
-      multiply(0.0);
+  // Whether some rows add up to 0, up to rounding, and a d with g_j'd >= 0 for all j is within p of g0. Then
+  // the least F is 0, and `gap` what is missing from the nearest such d. Both are questions to the dual cone,
+  // whose scratch takes the place of everything else.
+  MTL_HD bool is_stationary(double c, double* gap, int* iterations) {
+    const ConeRows unit(team_, p_, 0.0, p_.scratch);
+    DualCone<Team> cone(team_, p_, unit, ridge_, p_.scratch + ConeRows::doubles(num_tasks_));
+    double length = 0.0;
+    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) length += unit.norm[j];
+    length = team_.sum(length);
+    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
+      cone.q()[j] = unit.norm[j] / length;
+      cone.t()[j] = 0.0;
     }
-    return gap();
+    team_.sync();
+    *iterations = cone.solve(-1);
+    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
+      if (unit.norm[j] > 0.0) best_[j] += cone.y()[j] * (length / num_active_) / unit.norm[j];
+    }
+    team_.sync();
+    double* product = cone.t();  // of d with each row
+    gram_times(team_, p_, best_, scale_, product);
+    double square = 0.0, least = 0.0;
+    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
+      square += best_[j] * product[j];
+      if (product[j] < least) least = product[j];
+    }
+    square = team_.sum(square);
+    *gap = -team_.min(least);
+    // d is the projection of g0 onto the cone: ||d - g0||^2 = ||g0||^2 - ||d||^2.
+    if (c < 1.0 && mean_square_ - square > c * c * mean_square_) return false;
+    if (has_zero_row_) return true;
+    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
+      cone.q()[j] = 0.0;
+      cone.t()[j] = p_.is_active(j) ? 1.0 : 0.0;
+    }
+    team_.sync();
+    cone.solve(-1);
+    return cone.is_unbounded();
   }
 
   // Steps of Newton's method on the support, without the ridge but in its factor, as long as the gap falls.
@@ -290,8 +291,8 @@ class ConflictAverse {
     while (size_ < n) append(support_[size_]);
   }
 
-  // product_ = (C + ridge I) v.
-  MTL_HD void multiply(double ridge) {
+  // F(v), and what rounding makes of it; v is scaled to v'(C + ridge I)v = 1, and product_ = (C + ridge I) v.
+  MTL_HD void evaluate(double ridge) {
     for (int k = team_.rank(); k < size_; k += team_.size())
       column_[k] = v_[support_[k]] * inverse_norm_[support_[k]];
     team_.sync();
@@ -303,11 +304,6 @@ class ConflictAverse {
       product_[j] = total * inverse_norm_[j] + ridge * v_[j];
     }
     team_.sync();
-  }
-
-  // F(v), and what rounding makes of it; v and product_ are scaled to v'(C + ridge I)v = 1.
-  MTL_HD void evaluate(double ridge) {
-    multiply(ridge);
     double squares = 0.0, own = 0.0;
     for (int k = team_.rank(); k < size_; k += team_.size()) {
       const double v = v_[support_[k]];
@@ -353,49 +349,55 @@ class ConflictAverse {
     return team_.argmin(worst.value, worst.index).index;
   }
 
-  MTL_HD void enter(int task) {
-    if (team_.rank() == 0) {
-      support_[size_] = task;
-      state_[task] |= kInSupport | kEntered;
-    }
-    team_.sync();
-    append(task);
-  }
-
   // Adds a row, then moves to where F is least over the support, dropping the rows whose v would turn
   // negative on the way.
   MTL_HD void improve_with(int entering) {
-    enter(entering);
+    if (team_.rank() == 0) {
+      support_[size_] = entering;
+      state_[entering] |= kInSupport | kEntered;
+    }
+    team_.sync();
+    append(entering);
     while (size_ > 1) {
       const bool bounded = find_minimizer();
-      if (!move(!bounded)) return;
+      IndexedValue leaving = first_to_leave(bounded);
+      const bool reached = leaving.index < 0;
+      // Of a direction a'v stays the same, so some v turns negative. If none seems to, that of the shortest
+      // row is lost in rounding, and v comes to it only at the end of the direction.
+      if (reached && !bounded) leaving = shortest_of_support();
+      for (int k = team_.rank(); k < size_; k += team_.size()) {
+        const double v = v_[support_[k]];
+        double moved = target_[k];
+        if (!reached) moved = v + leaving.value * (bounded ? target_[k] - v : target_[k]);
+        v_[support_[k]] = moved > 0.0 && k != leaving.index ? moved : 0.0;
+      }
+      team_.sync();
+      if (leaving.index < 0) return;
+      remove(leaving.index);
+      factor_from(leaving.index);
     }
     if (team_.rank() == 0) v_[support_[0]] = 1.0;
     team_.sync();
   }
 
-  // Moves v to target_, or along it, until the first v reaches 0, whose row leaves. Returns whether one did.
-  MTL_HD bool move(bool along) {
-    IndexedValue leaving = {0.0, -1};
+  MTL_HD IndexedValue shortest_of_support() const {
+    IndexedValue shortest = {0.0, -1};
+    for (int k = team_.rank(); k < size_; k += team_.size())
+      shortest = lesser(shortest, {-a_[support_[k]], k});
+    return team_.argmin(shortest.value, shortest.index);
+  }
+
+  // Position in the support of the first v to reach 0 on the way to target_, or, where F is not bounded,
+  // along it; and the step at which it does. Index -1 when none does.
+  MTL_HD IndexedValue first_to_leave(bool bounded) const {
+    IndexedValue first = {0.0, -1};
     for (int k = team_.rank(); k < size_; k += team_.size()) {
-      if (along ? target_[k] >= 0.0 : target_[k] > 0.0) continue;
+      if (bounded ? target_[k] > 0.0 : target_[k] >= 0.0) continue;
       const double v = v_[support_[k]];
-      const double step = v > 0.0 ? v / (along ? -target_[k] : v - target_[k]) : 0.0;
-      leaving = lesser(leaving, {step, k});
+      const double step = v > 0.0 ? v / (bounded ? v - target_[k] : -target_[k]) : 0.0;
+      first = lesser(first, {step, k});
     }
-    leaving = team_.argmin(leaving.value, leaving.index);
-    const double step = leaving.index >= 0 ? leaving.value : along ? 0.0 : 1.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
-      const double v = v_[support_[k]];
-      const double moved =
-          step == 1.0 && !along ? target_[k] : v + step * (along ? target_[k] : target_[k] - v);
-      v_[support_[k]] = moved > 0.0 && k != leaving.index ? moved : 0.0;
-    }
-    team_.sync();
-    if (leaving.index < 0) return false;
-    remove(leaving.index);
-    factor_from(leaving.index);
-    return true;
+    return team_.argmin(first.value, first.index);
   }
 
   // target_: where F is least over the support, as long as v on the sphere; or, returning false, the
@@ -470,6 +472,7 @@ class ConflictAverse {
   int* state_;
   int size_ = 0;
   bool has_zero_row_ = false;
+  double mean_square_ = 0.0;          // ||g0||^2, as the lengths below in units of scale_ * G
   double inverse_least_ = 1.0;        // 1 / min n
   double unit_ = 1.0, radius_ = 1.0;  // ||g0|| max(1, c), and p in this unit
   double value_ = 0.0, noise_ = 0.0;  // F in units of unit_ / inverse_least_, and its rounding

@@ -61,14 +61,15 @@ struct Upgrad {
     double* parts = p.scratch + ConeRows::doubles(num_tasks);  // row i: n_j (w_ij - p_i e_ij)
     double* violation = parts + static_cast<std::ptrdiff_t>(num_tasks) * num_tasks;
     double* entered = violation + num_tasks;
+    double* cones = entered + num_tasks;
+    const double rounding = DualCone<Team>::rounding_of(team, p, unit, num_active, cones);
     const int num_squads =
         team.num_squads() < most_squads(num_tasks) ? team.num_squads() : most_squads(num_tasks);
     if (team.squad() < num_squads) {
-      double* scratch =
-          entered + num_tasks +
-          team.squad() * static_cast<std::ptrdiff_t>(DualCone<SerialTeam>::scratch_doubles(num_tasks));
+      double* scratch = cones + team.squad() * static_cast<std::ptrdiff_t>(
+                                                   DualCone<SerialTeam>::scratch_doubles(num_tasks));
       for (int i = team.squad(); i < num_tasks; i += num_squads)
-        solve_one(team.as_team(), p, unit, i, num_active, parts, violation, entered, scratch);
+        solve_one(team.as_team(), p, unit, i, num_active, rounding, parts, violation, entered, scratch);
     }
     team.sync();
     double negated = 0.0;
@@ -90,11 +91,11 @@ struct Upgrad {
 
   template <class Squad>
   MTL_HD static void solve_one(const Squad& squad, const Problem& p, const ConeRows& unit, int i,
-                               int num_active, double* parts, double* violation, double* entered,
-                               double* scratch) {
+                               int num_active, double rounding, double* parts, double* violation,
+                               double* entered, double* scratch) {
     const double length = detail::preference(p, i, num_active) * unit.norm[i];
     double* part = parts + static_cast<std::ptrdiff_t>(i) * p.num_tasks;
-    DualCone<Squad> cone(squad, p, unit, num_active, scratch);
+    DualCone<Squad> cone(squad, p, unit, rounding, scratch);
     for (int j = squad.rank(); j < p.num_tasks; j += squad.size()) {
       cone.q()[j] = j == i ? 1.0 : 0.0;
       cone.t()[j] = 0.0;
@@ -134,7 +135,9 @@ struct Dualproj {
     for (int j = team.rank(); j < p.num_tasks; j += team.size())
       partial += detail::preference(p, j, num_active) * unit.norm[j];
     const double length = team.sum(partial);
-    DualCone<Team> cone(team, p, unit, num_active, p.scratch + ConeRows::doubles(p.num_tasks));
+    double* scratch = p.scratch + ConeRows::doubles(p.num_tasks);
+    const double rounding = DualCone<Team>::rounding_of(team, p, unit, num_active, scratch);
+    DualCone<Team> cone(team, p, unit, rounding, scratch);
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {
       cone.q()[j] = length > 0.0 ? detail::preference(p, j, num_active) * unit.norm[j] / length : 0.0;
       cone.t()[j] = 0.0;
@@ -171,7 +174,9 @@ struct Pcd {
     while (!p.is_active(first)) ++first;
     const double tau = p.options[0];
     const ConeRows unit(team, p, 0.0, p.scratch);
-    DualCone<Team> cone(team, p, unit, num_active, p.scratch + ConeRows::doubles(p.num_tasks));
+    double* scratch = p.scratch + ConeRows::doubles(p.num_tasks);
+    const double rounding = DualCone<Team>::rounding_of(team, p, unit, num_active, scratch);
+    DualCone<Team> cone(team, p, unit, rounding, scratch);
     double own = 0.0;
     double negated = 0.0;
     for (int j = team.rank(); j < p.num_tasks; j += team.size()) {

@@ -44,6 +44,15 @@ struct RandomWeights {
            4503599627370496.0;
   }
 
+  // cos of 2 pi x; CUDA's cos would keep room in local memory for arguments of any size.
+  MTL_HD static double cosine_of_turn(double x) {
+#if defined(__CUDA_ARCH__)
+    return cospi(2.0 * x);
+#else
+    return cos(6.283185307179586 * x);
+#endif
+  }
+
   MTL_HD static double draw(const Problem& p, int task) {
     const Philox4 words =
         philox_at(p.rng, static_cast<std::uint32_t>(p.index), static_cast<std::uint32_t>(4096 + task));
@@ -53,8 +62,7 @@ struct RandomWeights {
     if (kind == 2.0) return -log(u);
     if (kind == 3.0) return u < 0.5 ? 1.0 : 0.0;
     // Box and Muller; |z| < 9, so that exp needs no shift.
-    constexpr double kTwoPi = 6.283185307179586;
-    return exp(sqrt(-2.0 * log(u)) * cos(kTwoPi * uniform(words.word[2], words.word[3])));
+    return exp(sqrt(-2.0 * log(u)) * cosine_of_turn(uniform(words.word[2], words.word[3])));
   }
 };
 
