@@ -16,15 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mtl_kernels.triton_kernels import combine, gram, min_norm, pcgrad, problem
+from mtl_kernels.triton_kernels import combine, gram, min_norm, pcgrad, problem, state
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     **dict.fromkeys(("pointers", "segments", "chunks", "slots", "rng"), "*i64"),
-    **dict.fromkeys(("partials", "gram", "grams", "weights", "certificates", "scratch"), "*fp64"),
-    **dict.fromkeys(("num_tasks", "num_params", "active_stride", "max_iters"), "i32"),
+    **dict.fromkeys(("partials", "gram", "grams", "weights", "certificates", "scratch", "keeps", "gains"), "*fp64"),
+    **dict.fromkeys(("num_tasks", "num_params", "active_stride", "max_iters", "trim", "num_states"), "i32"),
     "active": "*u8",
     "tolerance": "i64",
+    "epsilon_bits": "i64",
 }
 TASKS = (2, 8, 16, 32, 64, 128)
 
@@ -42,6 +43,14 @@ def kernels(blackwell: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[st
             for epilogue in ((code, False), ((code + 1) % 4, True)):
                 constants = combine.constants(columns, code, *epilogue)
                 yield "combine", combine._combine_kernel, constants, {"num_warps": columns.warps}
+    for operation, num_tasks in ((combine.LEAKY_GRADDROP.value, 8), (combine.TRIMMED_MEAN.value, 17)):
+        columns = combine.configuration(num_tasks, operation)
+        for code in (0, 2):
+            constants = combine.constants(columns, code, operation=operation)
+            yield "columns", combine._combine_kernel, constants, {"num_warps": columns.warps}
+    for row_code, code in ((0, 0), (2, 0)):
+        for operation in range(2):
+            yield "state", state._state_kernel, state.constants(row_code, code, operation), {"num_warps": state.WARPS}
     for num_tasks in (8, 32, 128):
         tasks, rows, warps = problem.configuration(num_tasks)
         constants = {"TASKS": tasks, "ROWS": rows, "HAS_ACTIVE": True}

@@ -19,7 +19,7 @@ class CombinePlan {
   // `outputs`: the dtype of each parameter's output, which only a weighted sum may have another one than its
   // rows of; -1 for none. The pointers of `rows` are not looked at.
   CombinePlan(int device, const RowTable& rows, int num_groups, const std::vector<int>& outputs,
-              Combination combination);
+              Combination combination = Combination::kWeightedSum);
 
   const std::vector<std::int64_t>& words() const { return words_.all(); }
 
@@ -48,8 +48,8 @@ struct CombineCall {
   const double* scale;    // or nullptr
   float* found_inf;       // or nullptr
   bool accumulate;
-  const std::int64_t* rng;  // of GradDrop
-  int trim;                 // of the trimmed mean
+  const std::int64_t* rng = nullptr;  // of GradDrop
+  int trim = 0;                       // of the trimmed mean
 
   // One launch for each pair of dtypes among rows and outputs.
   void run(cudaStream_t stream) const;

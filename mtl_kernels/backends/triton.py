@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import SolverCall
-from ..definitions import elementwise, solving
+from ..call import ColumnCall, SolverCall, StateCall
+from ..definitions import solving
 from ..rows import RowTable
 from . import host
 
@@ -49,7 +49,7 @@ def _import_error() -> str | None:
     try:
         if (reason := _too_old(importlib.import_module("triton").__version__)) is not None:
             return reason
-        for name in ("common", "gram", "combine", *SOLVERS):
+        for name in ("common", "gram", "combine", "state", *SOLVERS):
             _kernels(name)
     except ModuleNotFoundError as error:
         if error.name == "triton":
@@ -85,8 +85,6 @@ class TritonBackend:
 
     name = "triton"
     fused = False
-    reduce_columns_into = staticmethod(elementwise.reduce_columns_into)
-    update_state = staticmethod(elementwise.update_state)
 
     def missing(self) -> str | None:
         no_gpu = (
@@ -133,6 +131,16 @@ class TritonBackend:
     ) -> None:
         with _on(table.device):
             _kernels("combine").combine_into(table, weights, groups, out, accumulate)
+
+    def reduce_columns_into(self, table: RowTable, call: ColumnCall, out: Sequence[Tensor | None]) -> None:
+        with _on(table.device):
+            _kernels("combine").reduce_columns_into(table, call, out)
+
+    def update_state(
+        self, table: RowTable, state: RowTable, call: StateCall, groups: Sequence[int], sums: Tensor
+    ) -> None:
+        with _on(state.device):
+            _kernels("state").update_state(table, state, call, groups, sums)
 
     def solve(self, call: SolverCall, gram: Tensor) -> tuple[Tensor, Tensor | None]:
         solving.check(call, gram.shape[-1])

@@ -72,7 +72,7 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
     num_tasks, device = table.num_tasks, table.device
     blackwell = is_blackwell(device)
     shape = configuration(num_tasks, 0, blackwell)  # what the partial sums look like is the same for every dtype
-    work = tables.work(table, table.codes, groups, shape.max_chunks)
+    work = tables.work(table.numels, table.codes, groups, shape.max_chunks, device)
     if not work.launches:
         return
     pointers = tables.pointers(table)
@@ -90,9 +90,19 @@ def gram_into(table: RowTable, groups: Sequence[int], out: Tensor) -> None:
             **constants(shape, launch.code),
             **options(shape),
         )
+    _add_partials(out, partials, work.slots, shape)
+
+
+def add_partials(out: Tensor, partials: Tensor, slots: Tensor) -> None:
+    """Writes the sum of each group's partials to ``out``, float64 ``[S, 1, 1]``."""
+    _add_partials(out, partials, slots, Configuration(1, 1, 0, 0, 1, 0, 0, 0))
+
+
+def _add_partials(out: Tensor, partials: Tensor, slots: Tensor, shape: Configuration) -> None:
+    num_groups, num_tasks, _ = out.shape
     sums = sum_constants(shape)
-    _sums_kernel[out.shape[0], triton.cdiv(num_tasks**2, sums["ENTRIES"])](
-        out, partials, work.slots, num_tasks, **sums, num_warps=SUM_WARPS
+    _sums_kernel[num_groups, triton.cdiv(num_tasks**2, sums["ENTRIES"])](
+        out, partials, slots, num_tasks, **sums, num_warps=SUM_WARPS
     )
 
 

@@ -46,16 +46,18 @@ class Work(NamedTuple):
     num_slots: int
 
 
-def work(table: RowTable, codes: Sequence[int], groups: Sequence[int], max_chunks: int) -> Work:
-    """The plan for a table's sizes; parameters whose ``codes`` differ go to launches of their own."""
-    key = (tuple(table.numels), tuple(codes), tuple(groups), max_chunks)
+def work(
+    numels: Sequence[int], codes: Sequence[int], groups: Sequence[int], max_chunks: int, device: torch.device
+) -> Work:
+    """The plan for parameters of these sizes; those whose ``codes`` differ go to launches of their own."""
+    key = (tuple(numels), tuple(codes), tuple(groups), max_chunks)
 
     def build() -> Work:
         plan = make_plan(*key)
         lists: list[list[int]] = [plan.slots]
         for launch in plan.launches:
             lists += [_flat(launch.segments), _flat(launch.chunks)]
-        uploaded = _upload(packed(_flat(lists)), table.device)
+        uploaded = _upload(packed(_flat(lists)), device)
         slots, *rest = uploaded.split([len(values) for values in lists])
         launches = [
             Launch(launch.code, segments, chunks, len(launch.chunks))
@@ -63,21 +65,22 @@ def work(table: RowTable, codes: Sequence[int], groups: Sequence[int], max_chunk
         ]
         return Work(launches, slots, plan.slots[-1])
 
-    return _find(("work", *key), table.device, build)
+    return _find(("work", *key), device, build)
 
 
-def pointers(table: RowTable, out: Sequence[Tensor | None] = ()) -> Tensor:
-    """int64 ``[K, P]``, and one more row for the addresses of ``out``."""
+def pointers(table: RowTable, out: Sequence[Tensor | None] = (), numbers: Sequence[int] = ()) -> Tensor:
+    """int64 ``[K, P]``, more rows for the addresses of ``out``, and what ``numbers`` there are."""
     addresses = table.addresses + packed(0 if tensor is None else tensor.data_ptr() for tensor in out)
+    words = addresses + packed(numbers)
 
     def build() -> Tensor:
         if table.device.type == "cuda":
             _check_aligned(addresses, table, out)
-        return _upload(addresses, table.device)
+        return _upload(words, table.device)
 
     # The dtypes say which addresses are aligned.
-    key = ("pointers", addresses, tuple(table.codes), tuple(None if tensor is None else tensor.dtype for tensor in out))
-    return _find(key, table.device, build, len(addresses))
+    key = ("pointers", words, tuple(table.codes), tuple(None if tensor is None else tensor.dtype for tensor in out))
+    return _find(key, table.device, build, len(words))
 
 
 def _flat(lists: Sequence[Sequence[int]]) -> list[int]:

@@ -24,12 +24,6 @@ LOSS_ALIASES = {
 }
 """The same for combinations of losses, with the abbreviations of their papers."""
 
-IN_TWO_PARTS = {
-    "imtl": "IMTL is two parts here: the method IMTLG for the gradients, and losses.IMTLL for the losses, whose terms "
-    "stand in front of it: MultiTaskOptimizer(optimizer, get_method('imtlg'), transform=get_loss('imtll', tasks=...))"
-}
-"""Names that stand for a method and a combination of losses together, with what to do."""
-
 _T = TypeVar("_T")
 
 
@@ -82,27 +76,27 @@ def list_losses() -> list[LossInfo]:
     return [LossInfo(name, c, *c.about, issubclass(c, SumOfTerms), _arguments(c)) for name, c in found.items()]
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, **options: Any) -> Any:
     """A method by its name, or by the one that TorchJD or LibMTL has for it: ``get_method("mgda", normalize="l2")``.
+
+    There some weightings go by the losses alone ("UW", "GLS", "DWA"): of such a name this makes what `get_loss` does, a
+    module that stands in front of a method as ``transform=``, or whose value takes a plain ``backward()``. LibMTL's
+    "IMTL" is `IMTLG`, and ``transform=IMTLL(...)`` in front of it.
 
     Args:
         name: as `list_methods` has it; case and underscores do not matter.
         options: of the class.
 
+    Returns:
+        A `Method`; of the name of a combination of losses a `mtl_optim.losses.LossCombination`.
+
     Raises:
         TypeError: an option that the class does not have, or one missing that it needs.
-        ValueError: an unknown name, with those that are near; the name of a combination of losses, with where it is; or
-            a value that the class refuses.
+        ValueError: an unknown name, with those that are near; or a value that the class refuses.
     """
     found = _find(name, "method", methods.available(), ALIASES)
-    if found is None:
-        cls = losses.get(_known(name, losses.available(), LOSS_ALIASES))
-        front = f"; its terms can stand in front of one: MultiTaskOptimizer(..., transform={cls.__name__}(...))"
-        raise ValueError(
-            f"{name!r} is no method but a combination of losses, mtl_optim.losses.{cls.__name__}: get_loss({name!r}, "
-            f"...) makes one, to call backward() on its value{front if issubclass(cls, SumOfTerms) else ''}"
-        )
-    return _make("get_method", name, methods.get(found), options)
+    cls = methods.get(found) if found else losses.get(_known(name, losses.available(), LOSS_ALIASES))
+    return _make("get_method", name, cls, options)
 
 
 def get_loss(name: str, **options: Any) -> LossCombination:
@@ -140,8 +134,6 @@ def _find(name: str, what: str, names: Sequence[str], aliases: Mapping[str, str]
         return found
     if _known(name, methods.available(), ALIASES) or _known(name, losses.available(), LOSS_ALIASES):
         return None
-    if both := IN_TWO_PARTS.get(_plain(name)):
-        raise ValueError(both)
     plain = {_plain(known): known for known in names}
     near = [plain[match] for match in difflib.get_close_matches(_plain(name), plain, 3)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(names)}"

@@ -40,6 +40,11 @@ class Options:
     fixed_tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.method, LossCombination):
+            raise TypeError(
+                f"{OWNER}: {type(self.method).__name__} combines losses, not gradients; pass it as transform= in front "
+                "of a method such as Sum(), or call backward() on its value and step the optimizer itself"
+            )
         if not isinstance(self.method, Method):
             raise TypeError(
                 f"{OWNER}: expected an instance of a method such as PCGrad(), found {self.method!r}; known methods: "

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from exact import DTYPES, check_combine, check_gram, dense, exact_gram, make_rows
-from placement import on_host
+from placement import on_host, rng_state
 from torch import Tensor
 
 import interpreter
@@ -81,6 +81,48 @@ def test_any_stride_and_alignment(dtype: torch.dtype) -> None:
         rows, weights = [[row.clone()] for row in matrix], weights_for(matrix.shape[0])
         check_gram(mk.gram(matrix, backend="triton"), rows)
         check_combine([mk.combine(matrix, weights, backend="triton")], rows, weights)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tasks", "size"), [(1, 530), (3, 1300), (8, 70), (17, 33)])
+def test_operations_on_columns(num_tasks: int, size: int, dtype: torch.dtype) -> None:
+    rows = make_rows(num_tasks, [(3,), (size,), (5,)], [dtype], missing=0.1, seed=num_tasks)
+    leak, rng = torch.rand(num_tasks), rng_state(5, 1 << 40)
+    for trim in {0, min(1, (num_tasks - 1) // 2), (num_tasks - 1) // 2}:
+        expected = mk.trimmed_mean(rows, trim, backend="reference")
+        check_close(mk.trimmed_mean(rows, trim, backend="triton"), expected)
+    for share in (None, leak):
+        expected = mk.graddrop(rows, rng, leak=share, backend="reference")
+        check_close(mk.graddrop(rows, rng, leak=share, backend="triton"), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operations_on_states(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    shapes, groups = [(1,), (1100,), (4000,), (70,)], [2, 0, 2, 0]
+    rows = make_rows(3, shapes, [dtype], missing=0.2, seed=1)
+    keep, gain = torch.tensor([[0.5, 1.0, 0.0], [0.0] * 3, [1.0, 0.5, 0.25]]), torch.tensor([[0.5, 0.0, 1.0]] * 3)
+    found = []
+    for backend in ("triton", "reference"):
+        state = [[torch.full(shape, 0.5).to(state_dtype) for shape in shapes] for _ in range(3)]
+        squares = [[tensor.clone() for tensor in states] for states in state]
+        sums = mk.update_average(state, rows, keep, gain, groups=groups, backend=backend)
+        excess = mk.accumulate_squares(squares, rows, gain, groups=groups, backend=backend)
+        torch.testing.assert_close(sums[1], torch.zeros(3, dtype=torch.float64))
+        found.append([t for states in [*state, *squares] for t in states] + [sums, excess])
+    check_close(*found)
+
+
+def check_close(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    """One unit in the last place, where float64 sums differ in theirs."""
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours is None or theirs is None:
+            assert ours is theirs
+        else:
+            unit = torch.finfo(ours.dtype).eps if ours.dtype is not torch.float64 else 1e-13
+            torch.testing.assert_close(ours.double(), theirs.double(), rtol=unit, atol=1e-13)
 
 
 @needs_triton

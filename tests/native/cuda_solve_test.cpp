@@ -136,6 +136,8 @@ void test_solve() {
                                 {"pcgrad", {0, 0}},
                                 {"min_norm", {0, 0, 0}},
                                 {"min_norm", {1, 50, 0}},
+                                {"cagrad", {0.4, 1, 1}},
+                                {"gradvac", {1, 0, 0.5}},
                                 {"upgrad", {1e-4}},
                                 {"dualproj", {1e-4}, true},
                                 {"pcd", {0.02, 0.999, 1e-8}},
@@ -147,8 +149,6 @@ void test_solve() {
                                 {"aligned_mtl", {1, 1e-9}},
                                 {"config", {3, 0}},
                                 {"imtl_g", {0}},
-                                {"cagrad", {0.4, 1, 1}},
-                                {"gradvac", {1, 0, 0.5}},
                                 {"random_weights", {0}}};
   const int opt_in = emulation::options().shared_bytes_opt_in;
   for (const int room : {opt_in, 2 << 10}) {

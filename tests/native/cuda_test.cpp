@@ -348,6 +348,14 @@ int main(int argc, char** argv) {
            test_combine_mixed();
          });
        }},
+      {"columns_float32", [] { test_columns(DType::kFloat32); }},
+      {"columns_float64", [] { test_columns(DType::kFloat64); }},
+      {"columns_bfloat16", [] { test_columns(DType::kBFloat16); }},
+      {"columns_float16", [] { test_columns(DType::kFloat16); }},
+      {"states_float32", [] { test_states(DType::kFloat32); }},
+      {"states_float64", [] { test_states(DType::kFloat64); }},
+      {"states_bfloat16", [] { test_states(DType::kBFloat16); }},
+      {"states_float16", [] { test_states(DType::kFloat16); }},
       {"rounding", test_rounding},
       {"solve", test_solve},
   };

@@ -150,6 +150,8 @@ void test_gram_range(DType dtype);
 void test_gram_solver();
 void test_combine(DType rows);
 void test_combine_mixed();
+void test_columns(DType dtype);
+void test_states(DType rows);
 void test_rounding();
 void test_solve();
 

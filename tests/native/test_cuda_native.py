@@ -87,6 +87,9 @@ CASES = [
     "gram_solver",
     "combine_float32 combine_float64 combine_bfloat16 combine_float16",
     "combine_slow_double rounding",
+    "columns_float32 columns_float64",
+    "columns_bfloat16 columns_float16",
+    "states_float32 states_float64 states_bfloat16 states_float16",
     "solve",
 ]
 

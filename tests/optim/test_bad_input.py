@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad, Sum
+from mtl_optim import MGDA, MultiTaskOptimizer, PCGrad, Sum, get_method
 from optim.oracle import TwoHeads
 
 
@@ -171,7 +171,7 @@ def test_several_ranks(model: TwoHeads, monkeypatch: pytest.MonkeyPatch) -> None
     ("build", "error", "text"),
     [
         (lambda: MultiTaskOptimizer(sgd(), PCGrad), TypeError, r"PCGrad\(\)"),
-        (lambda: MultiTaskOptimizer(sgd(), "pcgrd"), TypeError, "known methods: constant, .*mean, mgda"),
+        (lambda: MultiTaskOptimizer(sgd(), "pcgrd"), TypeError, "known methods: alignedmtl, .*constant, .*mgda"),
         (lambda: MultiTaskOptimizer(torch.optim.SGD, Sum()), TypeError, "build the optimizer first"),
         (lambda: MultiTaskOptimizer(MultiTaskOptimizer(sgd(), Sum()), Sum()), TypeError, "already"),
         (lambda: MultiTaskOptimizer(sgd(), Sum(), granularity="layer"), ValueError, "'group', 'parameter'"),
@@ -211,3 +211,9 @@ def test_sharded_parameters(tmp_path: Path) -> None:
         opt.add_param_group({"params": [sharded], "mtl": False})
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_combination_of_losses_as_the_method() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(TypeError, match=r"UncertaintyWeighting combines losses, .* transform="):
+        MultiTaskOptimizer(torch.optim.SGD([parameter], lr=0.1), get_method("UW", tasks=2))

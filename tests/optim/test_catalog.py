@@ -99,17 +99,12 @@ def test_names_of_losses_elsewhere(alias: str) -> None:
     assert alias not in [*methods.available(), *catalog.ALIASES]
     cls = losses.get(catalog.LOSS_ALIASES[alias])
     assert type(get_loss(alias.upper(), tasks=2)) is cls
-    with pytest.raises(ValueError, match=f"no method but .*losses.{cls.__name__}: get_loss"):
-        get_method(alias)
+    assert type(get_method(alias.upper(), tasks=2)) is cls
 
 
 @pytest.mark.parametrize(
     ("call", "name", "text"),
     [
-        (get_method, "GradNorm", r"losses.GradNorm: .*transform=GradNorm\(...\)"),
-        (get_method, "geometric_mean", r"losses.GeometricMean: get_loss\('geometric_mean', ...\) makes one.*value$"),
-        (get_method, "IMTL", "two parts here: the method IMTLG .* losses.IMTLL"),
-        (get_loss, "imtl", "two parts here"),
         (get_loss, "EW", r"'EW' is a method, .*get_method\('EW', ...\)"),
         (get_loss, "mgda", "is a method"),
         (get_loss, "logsun", "unknown combination of losses 'logsun'; did you mean logsum"),

@@ -54,9 +54,10 @@ def label(spec: str) -> str:
 def _method(name: str, options: dict[str, Any], seed: int) -> Method:
     if isinstance(options.get("method"), str):
         options = options | {"method": _method(*_parsed(options["method"]), seed)}
-    method = get_method(name, **options)
-    takes_seed = "seed" in inspect.signature(type(method)).parameters and "seed" not in options
-    return get_method(name, **options, seed=seed) if takes_seed else method
+    method: Method = get_method(name, **options)
+    if "seed" in inspect.signature(type(method)).parameters and "seed" not in options:
+        method = get_method(name, **options, seed=seed)
+    return method
 
 
 def _transform(spec: str) -> SumOfTerms:
