@@ -63,11 +63,13 @@ class ConflictAverse {
     int iterations = 0;
     set_weights(1.0 / num_active_);
     if (c * c > 0.0) {  // else w is the mean but for rounding
-      bool is_zero = !find_mean(c);
-      if (!is_zero && !clearly_descends()) {
+      bool is_zero = false, asked = false;
+      for (;;) {
+        is_zero = is_zero || !find_mean(c);
+        if (is_zero || asked || clearly_descends()) break;
+        asked = true;  // which leaves nothing of what find_mean has found
         is_zero = is_stationary(c, &gap, &iterations);
         set_weights(1.0 / num_active_);
-        if (!is_zero) find_mean(c);
       }
       if (is_zero) {
         set_weights(0.0);
