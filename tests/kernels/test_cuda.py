@@ -16,6 +16,7 @@ import emulated
 import mtl_kernels as mk
 from mtl_kernels import dispatch, uploads
 from mtl_kernels.backends import BACKENDS, cuda
+from mtl_kernels.call import StateCall
 from mtl_kernels.rows import RowTable
 
 CPU = torch.device("cpu")
@@ -160,6 +161,39 @@ def test_a_capture_uses_nothing_that_is_kept(backend: cuda.CudaBackend, monkeypa
         torch.testing.assert_close(found, wanted)
 
 
+def averaged(backend: cuda.CudaBackend, table: RowTable) -> tuple[torch.Tensor, ...]:
+    """Squares and states of an average that was one everywhere."""
+    state = [[torch.ones_like(tensor) for tensor in row] for row in table.entries]
+    half, sums = torch.full((1, table.num_tasks), 0.5, dtype=torch.float64), torch.full((1, table.num_tasks), torch.nan)
+    sums = sums.double()
+    backend.update_state(table, RowTable(state), StateCall("average", half, half), [0] * table.num_params, sums)
+    return (sums, *(tensor for states in state for tensor in states))
+
+
+def test_states_in_a_capture_and_after_a_failed_launch(
+    backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = RowTable(make_rows(5, [(40,), (7, 9), (3000,)], DTYPES, seed=1))
+    expected = averaged(backend, table)
+    kept = backend._kept(CPU, 0)
+    kept._workspace[torch.int32].fill_(1)  # as a launch leaves them that did not finish
+
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("update_state: an illegal memory access was encountered")
+
+    real = backend._module
+    monkeypatch.setattr(backend, "_module", SimpleNamespace(**{**vars(real), "update_state": fail}))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        averaged(backend, table)
+    monkeypatch.setattr(backend, "_module", real)
+    assert all(map(torch.equal, averaged(backend, table), expected))
+    captured: list[object] = []
+    capture = cuda._Capture(torch.device("cpu", 0), real.DeviceCopy, captured)
+    monkeypatch.setattr(backend, "_stream", lambda device: (capture, 0))
+    assert all(map(torch.equal, averaged(backend, table), expected))
+    assert len(captured) == 4  # plan, addresses of rows and of states, counters
+
+
 def test_a_failed_launch_starts_from_zero_counters(backend: cuda.CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     table = RowTable(torch.randn(3, 50))
     expected = gram(backend, table)
@@ -206,6 +240,10 @@ def test_addresses_that_the_element_size_does_not_divide(backend: cuda.CudaBacke
             backend.combine_into(RowTable(odd), weights, groups, out)
         with pytest.raises(ValueError, match=f"out, {told}"):
             backend.combine_into(RowTable(plain), weights, groups, odd_out)
+        for rows, state in ((odd, plain), (plain, odd)):
+            call, sums = StateCall("squares", weights), torch.zeros(1, 3, dtype=torch.float64)
+            with pytest.raises(ValueError, match=f"row 2, {told}"):
+                backend.update_state(RowTable(rows), RowTable(state), call, groups, sums)
         assert torch.cat([out[0], odd_out[0], odd_out[1].float()]).eq(7).all()
 
 

@@ -85,7 +85,7 @@ def test_any_stride_and_alignment(dtype: torch.dtype) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_tasks", "size"), [(1, 530), (3, 1300), (8, 70), (17, 33)])
+@pytest.mark.parametrize(("num_tasks", "size"), [(1, 530), (3, 1300), (9, 33)])
 def test_operations_on_columns(num_tasks: int, size: int, dtype: torch.dtype) -> None:
     rows = make_rows(num_tasks, [(3,), (size,), (5,)], [dtype], missing=0.1, seed=num_tasks)
     leak, rng = torch.rand(num_tasks), rng_state(5, 1 << 40)

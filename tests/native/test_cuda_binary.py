@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.skipif(cuda_binary.missing() is not None, reason=str(cuda_binary.missing())),
 ]
 HALVES = ("BFloat16", "Float16")
+COLUMNS = ("combine_rows", "drop_rows", "trim_rows")
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +50,13 @@ def test_every_target_has_every_kernel(binary: Path, kernels: list[Kernel]) -> N
     names = {kernel.name for kernel in kernels}
     targets = {kernel.arch for kernel in kernels}
     assert len(kernels) == len(names) * len(targets)
-    assert {kernel.base for kernel in kernels} == {"gram_triangle", "gram_tensor", "combine_rows", "solve_batch"}
+    assert {kernel.base for kernel in kernels} == {
+        "gram_triangle",
+        "gram_tensor",
+        *COLUMNS,
+        "update_states",
+        "solve_batch",
+    }
     built_for = re.findall(rb"\d+(?:, \d+)+", binary.read_bytes())  # the attribute `architectures`
     assert any({int(arch) for arch in text.split(b", ")} == targets for text in built_for) or len(targets) == 1
 
@@ -125,13 +132,15 @@ def test_one_fence_an_arrival(kernels: list[Kernel]) -> None:
 
 
 def test_combine_moves_16_bytes(kernels: list[Kernel]) -> None:
-    """Also no load or store of rows that could be of any memory."""
     assert failing(kernels, "combine_rows", "LDG.E.128") == []
+    assert failing(kernels, "drop_rows", "LDG.E.128", "STG.E.128") == []
+    assert failing(kernels, "update_states", "LDG.E.128") == []
     alike = [kernel for kernel in kernels if kernel.types[:1] == kernel.types[1:2]]
     assert failing(alike, "combine_rows", "STG.E.128") == []
+    assert failing(alike, "update_states", "STG.E.128") == []
 
 
-@pytest.mark.parametrize("base", ["gram_triangle", "gram_tensor", "combine_rows"])
+@pytest.mark.parametrize("base", ["gram_triangle", "gram_tensor", *COLUMNS, "update_states"])
 def test_rows_are_global_memory(kernels: list[Kernel], base: str) -> None:
     """Loads and stores whose kind of memory is only known at run time are slower."""
     generic = [
