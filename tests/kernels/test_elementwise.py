@@ -1,5 +1,6 @@
 """Operations on the rows element by element, against the papers' formulas in NumPy."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,8 @@ from benchmarks.oracles.projections import WORD, philox4x32_10
 
 SHAPES = [(0,), (1,), (3, 5), (), (130,), (2, 0, 4), (16,), (1000,), (7, 1), (1, 1)]
 SIZES = [
-    *((k, 131) for k in (1, 2, 3, 4, 7, 8, 9, 16, 17, 24)),
-    *((8, n) for n in (1, 5, 8, 1100)),
+    *((k, 131) for k in (1, 2, 3, 4, 8, 9, 17, 24)),
+    *((8, n) for n in (1, 5, 1100)),
     (33, 300),
     (65, 40),
     (128, 70),
@@ -115,21 +116,33 @@ def trims(num_tasks: int) -> list[int]:
     return sorted({0, min(1, most), min(2, most), min(3, most), most * 2 // 3, most})
 
 
+@functools.cache
+def dropped(num_tasks: int, size: int, dtype: torch.dtype) -> tuple[Table, Tensor | None, list[np.ndarray | None]]:
+    """Rows, what they leak, and what is expected of them: found once for all backends."""
+    rows = make_rows(num_tasks, [(size,)], [dtype], seed=size)
+    leak = torch.rand(num_tasks, dtype=torch.float64) if num_tasks % 2 else None
+    return rows, leak, graddrop_oracle(rows, 5, 1 << 33, None if leak is None else host(leak))
+
+
+@functools.cache
+def trimmed(num_tasks: int, size: int, dtype: torch.dtype) -> tuple[Table, dict[int, list[np.ndarray | None]]]:
+    rows = make_rows(num_tasks, [(size,)], [dtype], seed=size)
+    return rows, {trim: trimmed_mean_oracle(rows, trim) for trim in trims(num_tasks)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_tasks", "size"), SIZES)
 def test_graddrop_of_dense_rows(implementation: str, num_tasks: int, size: int, dtype: torch.dtype) -> None:
-    rows = make_rows(num_tasks, [(size,)], [dtype], seed=size)
-    leak = torch.rand(num_tasks, dtype=torch.float64) if num_tasks % 2 else None
-    found = mk.graddrop(dense(rows), rng_state(5, 1 << 33), leak=leak, backend=implementation)
-    check(found, graddrop_oracle(rows, 5, 1 << 33, None if leak is None else host(leak)), rows)
+    rows, leak, expected = dropped(num_tasks, size, dtype)
+    check(mk.graddrop(dense(rows), rng_state(5, 1 << 33), leak=leak, backend=implementation), expected, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_tasks", "size"), SIZES)
 def test_trimmed_mean_of_dense_rows(implementation: str, num_tasks: int, size: int, dtype: torch.dtype) -> None:
-    rows = make_rows(num_tasks, [(size,)], [dtype], seed=size)
-    for trim in trims(num_tasks):
-        check(mk.trimmed_mean(dense(rows), trim, backend=implementation), trimmed_mean_oracle(rows, trim), rows)
+    rows, expected = trimmed(num_tasks, size, dtype)
+    for trim, mean in expected.items():
+        check(mk.trimmed_mean(dense(rows), trim, backend=implementation), mean, rows)
 
 
 @pytest.mark.parametrize("num_tasks", [3, 8, 17])
@@ -364,7 +377,7 @@ def sums_of(state: Table, rows: Table, groups: list[int], term: Callable[..., np
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_tasks", "size"), [(1, 1), (2, 9), (3, 1100), (8, 20_011), (40, 70), (128, 10)])
+@pytest.mark.parametrize(("num_tasks", "size"), [(1, 1), (3, 1100), (2, 20_011), (128, 10)])
 def test_update_average_of_dense_rows(
     implementation: str, num_tasks: int, size: int, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> None:

@@ -85,7 +85,7 @@ def test_any_stride_and_alignment(dtype: torch.dtype) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_tasks", "size"), [(1, 530), (3, 1300), (9, 33)])
+@pytest.mark.parametrize(("num_tasks", "size"), [(1, 530), (3, 1300), (7, 33)])
 def test_operations_on_columns(num_tasks: int, size: int, dtype: torch.dtype) -> None:
     rows = make_rows(num_tasks, [(3,), (size,), (5,)], [dtype], missing=0.1, seed=num_tasks)
     leak, rng = torch.rand(num_tasks), rng_state(5, 1 << 40)
@@ -98,10 +98,9 @@ def test_operations_on_columns(num_tasks: int, size: int, dtype: torch.dtype) ->
 
 
 @needs_triton
-@pytest.mark.parametrize("state_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "state_dtype"), zip(DTYPES, [*DTYPES[2:], *DTYPES[:2]], strict=True), ids=str)
 def test_operations_on_states(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-    shapes, groups = [(1,), (1100,), (4000,), (70,)], [2, 0, 2, 0]
+    shapes, groups = [(1,), (1100,), (2100,), (70,)], [2, 0, 2, 0]
     rows = make_rows(3, shapes, [dtype], missing=0.2, seed=1)
     keep, gain = torch.tensor([[0.5, 1.0, 0.0], [0.0] * 3, [1.0, 0.5, 0.25]]), torch.tensor([[0.5, 0.0, 1.0]] * 3)
     found = []
