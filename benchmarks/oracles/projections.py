@@ -63,12 +63,12 @@ def gradvac_step(
     """GradVac by its definition (arXiv 2010.05874, Algorithm 1): direction, new targets, what rounding leaves.
 
     The last: a cosine of a vector that is a sum of much longer ones is known from a Gram matrix to the square of its
-    share, and the root of 1 - r^2 is near r = 1 no better.
+    share, and near r = 1 every 1 - r^2 makes more of what is unknown.
     """
     total, targets, left = np.zeros(rows.shape[1]), targets.copy(), 1.0
     for i, order in enumerate(orders):
         g = rows[i].copy()
-        longest = np.linalg.norm(g)
+        longest, steep = np.linalg.norm(g), 1.0
         for j in order:
             length, other = np.linalg.norm(g), np.linalg.norm(rows[j])
             if other == 0 or length**2 <= 4 * len(rows) * np.finfo(float).eps * longest**2:
@@ -76,14 +76,14 @@ def gradvac_step(
             cosine = np.clip(g / length @ (rows[j] / other), -1, 1)
             target = targets[i, j]
             targets[i, j] = (1 - beta) * target + beta * cosine
-            left = min(left, (length / longest) ** 2)
+            left = min(left, steep * (length / longest) ** 2)
             if cosine < target <= 1 - 16 * np.finfo(float).eps:
                 own, wanted = np.sqrt(1 - cosine**2), np.sqrt(1 - target**2)
                 more = length * (target * own - cosine * wanted) / (other * wanted)
                 g += more * rows[j]
                 longest += abs(more) * other
-                left = min(left, 1 - target**2)
-        left = min(left, (np.linalg.norm(g) / longest) ** 2) if longest > 0 else left
+                steep *= 1 - target**2
+        left = min(left, steep * (np.linalg.norm(g) / longest) ** 2) if longest > 0 else left
         total += g
     return total, targets, left
 

@@ -28,7 +28,7 @@ class GradVac(Method):
     and, in any case, r_ij <- (1 - beta) r_ij + beta c: a running average of the cosines, as they are met. The results
     are added. r_ij belongs to g_i on its way past the others; r_ji is another. Zero rows, and a g_i that has cancelled
     to rounding, have no cosine: nothing is added, and the target stays. A target of 1, which no finite multiple of g_j
-    reaches, adds nothing.
+    reaches, adds nothing; one just below adds very much, if tasks that had the same gradient until now differ.
 
     Args:
         beta: how much of a target a step replaces, in [0, 1]. 0.5 is LibMTL's; the paper has 0.01.
