@@ -25,33 +25,56 @@ inline auto with_elements(const Elements& elements, Use use) {
   }
 }
 
-void fill_zeros(double* to, std::int64_t n) {
-  for (std::int64_t c = 0; c < n; ++c) to[c] = 0;
+// Elements as doubles or floats, as many as the pointer before them says.
+template <class T>
+inline Vec load_as(const double*, const T* p) {
+  return load(p);
 }
+template <class T>
+inline VecF load_as(const float*, const T* p) {
+  return load_floats(p);
+}
+template <class T>
+inline Vec load_part_as(const double*, const T* p, std::int64_t n) {
+  return load_part(p, n);
+}
+template <class T>
+inline VecF load_part_as(const float*, const T* p, std::int64_t n) {
+  return load_floats_part(p, n);
+}
+// Room for numbers that are like those of the elements pointed to: doubles, or floats where these are exact.
+inline double* numbers_for(const double*, double* room) { return room; }
+template <class T>
+inline float* numbers_for(const T*, double* room) {
+  return reinterpret_cast<float*>(room);
+}
+template <class Number>
+constexpr int kLanesOf = kLanes * static_cast<int>(sizeof(double) / sizeof(Number));
 
 // Elements [begin, begin + n) of R rows as numbers, side by side, so that the processor fetches R streams
 // ahead; to[r] is `stride` after to[r - 1].
-template <int R, class T>
-void widen(const std::uintptr_t* rows, std::int64_t begin, std::int64_t n, double* to, std::int64_t stride) {
+template <int R, class T, class Number>
+void widen(const std::uintptr_t* rows, std::int64_t begin, std::int64_t n, Number* to, std::int64_t stride) {
+  constexpr int kStep = kLanesOf<Number>;
   const T* from[R];
   for (int r = 0; r < R; ++r) from[r] = reinterpret_cast<const T*>(rows[r]) + begin;
   std::int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes)
-    for (int r = 0; r < R; ++r) store(to + r * stride + c, load(from[r] + c));
+  for (; c + kStep <= n; c += kStep)
+    for (int r = 0; r < R; ++r) store(to + r * stride + c, load_as(to, from[r] + c));
   if (c < n)
-    for (int r = 0; r < R; ++r) store(to + r * stride + c, load_part(from[r] + c, n - c));
+    for (int r = 0; r < R; ++r) store(to + r * stride + c, load_part_as(to, from[r] + c, n - c));
 }
 
 // The same of any number of rows, of elements like the one pointed to, and zeros for those at address 0.
-template <class T>
+template <class T, class Number>
 void widen_rows(const T*, const std::uintptr_t* rows, int num_rows, std::int64_t begin, std::int64_t n,
-                double* to, std::int64_t stride) {
+                Number* to, std::int64_t stride) {
   for (int r = 0; r < num_rows;) {
     int there = 0;
     while (there < 8 && r + there < num_rows && rows[r + there] != 0) ++there;
-    double* first = to + r * stride;
+    Number* first = to + r * stride;
     if (there == 0) {
-      fill_zeros(first, n + kLanes - 1);
+      for (std::int64_t c = 0; c < stride; ++c) first[c] = 0;
       r += 1;
     } else if (there == 8) {
       widen<8, T>(rows + r, begin, n, first, stride);
@@ -80,7 +103,7 @@ void narrow(const double* from, std::int64_t n, T* to) {
 constexpr std::int64_t kTileDoubles = 4096, kMostColumns = 512, kFewestColumns = 64;
 
 constexpr std::int64_t tile_columns(int num_tasks) {
-  const std::int64_t columns = kTileDoubles / num_tasks / kLanes * kLanes;
+  const std::int64_t columns = kTileDoubles / num_tasks / (2 * kLanes) * (2 * kLanes);
   return columns < kFewestColumns ? kFewestColumns : columns > kMostColumns ? kMostColumns : columns;
 }
 
@@ -107,29 +130,36 @@ void grad_drop(const double* tile, std::int64_t stride, int num_rows, const doub
   }
 }
 
-inline void exchange(double* __restrict low, double* __restrict high, std::int64_t n) {
-  for (std::int64_t c = 0; c < n; c += kLanes) {
-    const Vec a = load(low + c), b = load(high + c);
-    store(low + c, a < b ? a : b);
-    store(high + c, a < b ? b : a);
+inline Vec load_lanes(const double* p) { return load(p); }
+inline VecF load_lanes(const float* p) { return load_floats(p); }
+
+template <class Number>
+inline void exchange(Number* __restrict low, Number* __restrict high, std::int64_t n) {
+  for (std::int64_t c = 0; c < n; c += kLanesOf<Number>) {
+    const auto a = load_lanes(low + c), b = load_lanes(high + c);
+    store(low + c, lesser(a, b));
+    store(high + c, greater(b, a));
   }
 }
 
-// Where a value is NaN the exchanges have still lost none of them.
-void trimmed_mean(double* tile, std::int64_t stride, int num_tasks, int trim, std::int64_t n, double* out) {
-  fill_zeros(out, n);
-  for (int k = 0; k < num_tasks; ++k) {
-    for (std::int64_t c = 0; c < n; c += kLanes) {
-      const Vec x = load(tile + k * stride + c);
-      store(out + c, x == x ? load(out + c) : x);
+// `unordered`: room for one number a column, which is NaN where a value of the column is, else 0.
+template <class Number>
+void trimmed_mean(Number* tile, std::int64_t stride, int num_tasks, int trim, std::int64_t n,
+                  Number* unordered, double* out) {
+  for (std::int64_t c = 0; c < n; c += kLanesOf<Number>) {
+    auto found = decltype(load_lanes(tile)){};
+    for (int k = 0; k < num_tasks; ++k) {
+      const auto x = load_lanes(tile + k * stride + c);
+      found = x == x ? found : x;
     }
+    store(unordered + c, found);
   }
   move_extremes(num_tasks, trim, [&](int i, int j) { exchange(tile + i * stride, tile + j * stride, n); });
   const double count = num_tasks - 2 * trim;
   for (std::int64_t c = 0; c < n; c += kLanes) {
     Vec sum{};
     for (int k = trim; k < num_tasks - trim; ++k) sum += load(tile + k * stride + c);
-    store(out + c, sum / count + load(out + c));
+    store(out + c, sum / count + load(unordered + c));
   }
 }
 
@@ -180,8 +210,6 @@ std::size_t reduce_scratch(int num_tasks) {
 void reduce_segment(const RowTable& table, const Segment& segment, const ColumnCall& call, std::int64_t first,
                     std::uintptr_t out, double* scratch) {
   const std::int64_t stride = tile_columns(table.num_tasks);
-  double *tile = scratch, *results = tile + stride * table.num_tasks, *room = results + stride;
-  const DType dtype = table.dtypes[segment.param];
   const bool drops = call.operation == ColumnOperation::kGradDrop;
   std::uintptr_t rows[kMaxTasks];
   double leaks[kMaxTasks];
@@ -192,21 +220,25 @@ void reduce_segment(const RowTable& table, const Segment& segment, const ColumnC
     rows[num_rows] = row;
     leaks[num_rows++] = drops && call.leak != nullptr ? call.leak[k] : 0.0;
   }
+  double *results = scratch, *room = results + stride, *tile = room + stride + 8;
   const std::int64_t end = segment.begin + segment.length;
-  for (std::int64_t begin = segment.begin; begin < end; begin += stride) {
-    const std::int64_t n = end - begin < stride ? end - begin : stride;
-    const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-    with_elements({out, dtype},
-                  [&](const auto* element) { widen_rows(element, rows, num_rows, begin, n, tile, stride); });
-    if (drops)
-      (call.leak == nullptr ? grad_drop<false>
-                            : grad_drop<true>)(tile, stride, num_rows, leaks,
-                                               draw_thresholds(call.rng, first + begin, n, room), padded,
-                                               results);
-    else
-      trimmed_mean(tile, stride, num_rows, call.trim, padded, results);
-    with_elements({out, dtype}, [&](auto* to) { narrow(results, n, to + begin); });
-  }
+  with_elements({out, table.dtypes[segment.param]}, [&](auto* to) {
+    for (std::int64_t begin = segment.begin; begin < end; begin += stride) {
+      const std::int64_t n = end - begin < stride ? end - begin : stride;
+      if (drops) {
+        widen_rows(to, rows, num_rows, begin, n, tile, stride);
+        (call.leak == nullptr ? grad_drop<false>
+                              : grad_drop<true>)(tile, stride, num_rows, leaks,
+                                                 draw_thresholds(call.rng, first + begin, n, room), n,
+                                                 results);
+      } else {
+        auto* numbers = numbers_for(to, tile);
+        widen_rows(to, rows, num_rows, begin, n, numbers, stride);
+        trimmed_mean(numbers, stride, num_rows, call.trim, n, numbers_for(to, room), results);
+      }
+      narrow(results, n, to + begin);
+    }
+  });
 }
 
 double update_segment(const Elements& row, const Elements& state, std::int64_t begin, std::int64_t length,

@@ -72,6 +72,28 @@ inline void store(float* p, VecF v) { *reinterpret_cast<LooseVecF*>(p) = v; }
 // out some bits, and finds numbers that are not halfway as well.
 constexpr int kHalfwayBFloat16 = 0x8000, kMaybeHalfwayFloat16 = 0x0fff;
 
+// The lesser and the greater of two; where they are not ordered, b and b.
+#if defined(__AVX512F__)
+inline Vec lesser(Vec a, Vec b) { return _mm512_min_pd(a, b); }
+inline Vec greater(Vec a, Vec b) { return _mm512_max_pd(a, b); }
+inline VecF lesser(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+inline VecF greater(VecF a, VecF b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+inline Vec lesser(Vec a, Vec b) { return _mm256_min_pd(a, b); }
+inline Vec greater(Vec a, Vec b) { return _mm256_max_pd(a, b); }
+inline VecF lesser(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+inline VecF greater(VecF a, VecF b) { return _mm256_max_ps(a, b); }
+#else
+template <class V>
+inline V lesser(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+inline V greater(V a, V b) {
+  return a > b ? a : b;
+}
+#endif
+
 #if defined(__AVX512F__)
 
 inline Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
@@ -267,12 +289,18 @@ inline void stream_fence() {}
 inline void stream(BFloat16* p, Vec v) { store(p, v); }
 inline void stream(Float16* p, Vec v) { store(p, v); }
 
-// The first n < kLanes elements, the other lanes zero.
+// The first n elements, fewer than there are lanes, and zeros in the others.
 template <class T>
 inline Vec load_part(const T* p, std::int64_t n) {
   T padded[kLanes] = {};
   __builtin_memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(T));
   return load(padded);
+}
+template <class T>
+inline VecF load_floats_part(const T* p, std::int64_t n) {
+  T padded[2 * kLanes] = {};
+  __builtin_memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(T));
+  return load_floats(padded);
 }
 template <class T>
 inline void store_part(T* p, Vec v, std::int64_t n) {
