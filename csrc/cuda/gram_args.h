@@ -1,7 +1,7 @@
 #pragma once
 
 #include "device.h"
-#include "pods.h"
+#include "meeting.h"
 #include "solver_call.h"
 #include "tables.h"
 

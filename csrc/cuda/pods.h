@@ -6,19 +6,10 @@
 // sums of every other block.
 
 #include "device.h"
+#include "meeting.h"
 #include "ptx.h"
-#include "tables.h"
 
 namespace mtl::cuda {
-
-// Where the blocks of a launch meet.
-struct Meeting {
-  const GroupPods* groups;
-  double* slice_sums;      // [slices][width]
-  double* pod_sums;        // [pods][width]
-  unsigned* pod_arrivals;  // [pods], zero before and after every launch
-  unsigned* group_arrivals;
-};
 
 // Whether this block is the last of `expected` to come here. What the others wrote before is then visible.
 // One thread arrives for all: a barrier lies between what the block wrote and this call, and another one

@@ -1,8 +1,8 @@
 #pragma once
 
 #include "device.h"
+#include "meeting.h"
 #include "mtl_kernels/elementwise.h"
-#include "pods.h"
 #include "tables.h"
 
 namespace mtl::cuda {

@@ -1,6 +1,7 @@
 // A row updates its state in place, and leaves one sum: read both, write one, element by element in double. A
 // slice belongs to one task of one group, so a block has one sum of its own.
 #include "elements.h"
+#include "pods.h"
 #include "state_kernels.h"
 #include "teams.h"
 
