@@ -521,6 +521,21 @@ def test_same_bits_for_any_number_of_threads(implementation: str, threads: None)
         assert all(map(torch.equal, results[0], other))
 
 
+@pytest.mark.usefixtures("cpu_only")
+def test_rows_and_states_are_not_copied(backend: str) -> None:
+    if backend != "cpu":
+        pytest.skip("counts what the compiled backend allocates through torch")
+    matrix, out = torch.randn(8, 200_000)[:, 1:], torch.empty(199_999)
+    state, half = torch.zeros(8, 199_999, dtype=torch.bfloat16), torch.full((8,), 0.5, dtype=torch.float64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
+        mk.graddrop(matrix, rng_state(1), leak=half, out=out, backend=backend)
+        mk.trimmed_mean(matrix, 2, out=matrix[3], backend=backend)
+        mk.update_average(state, matrix, half, half, backend=backend)
+        mk.accumulate_squares(state, matrix, half, backend=backend)
+    events = prof.profiler.kineto_results.events()
+    assert sum(max(0, e.nbytes()) for e in events if e.name() == "[memory]") < 4096
+
+
 def test_halves_are_rounded_once(implementation: str) -> None:
     """A value halfway between two of 16 bits, and one that is next to halfway by less than float32 shows."""
     for dtype in (torch.bfloat16, torch.float16):
