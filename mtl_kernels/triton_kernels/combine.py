@@ -39,7 +39,7 @@ def configuration(num_tasks: int, operation: int = WEIGHTED_SUM.value) -> Config
     """The fixed table of shapes, by number of tasks and operation; the same for every dtype."""
     block = 1024
     if operation == TRIMMED_MEAN.value and num_tasks > 16:
-        block = 256  # every row of a block is read K times, from the cache
+        block = 512  # every row of a block is read K times, from the cache
     elif operation in (GRADDROP.value, LEAKY_GRADDROP.value):
         block = 512  # two sums a column, or four
     return Configuration(2 if num_tasks <= 2 else 4 if num_tasks <= 4 else 8, block, 256, 4)
