@@ -28,13 +28,14 @@ TYPES = {
     "epsilon_bits": "i64",
 }
 TASKS = (2, 8, 16, 32, 64, 128)
+_FEW = (8, 32, 128)
 
 
-def kernels(blackwell: bool) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Kind, function, constants and options of every kernel, each once."""
-    for num_tasks in TASKS:
+def kernels(arch: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Kind, function, constants and options of every kernel, each once; those of every size for sm_90 alone."""
+    for num_tasks in TASKS if arch == 90 else _FEW:
         for code in range(4):
-            shape = gram.configuration(num_tasks, code, blackwell)
+            shape = gram.configuration(num_tasks, code, arch >= 100)
             yield "gram", gram._partials_kernel, gram.constants(shape, code), gram.options(shape)
         yield "sums", gram._sums_kernel, gram.sum_constants(shape), {"num_warps": gram.SUM_WARPS}
     for num_tasks in (2, 4, 8):
@@ -90,4 +91,4 @@ def inspect(kind: str, function: Any, constants: dict[str, Any], options: dict[s
 
 if __name__ == "__main__":
     arch = int(sys.argv[1])
-    print(json.dumps([inspect(*kernel, arch) for kernel in kernels(blackwell=arch >= 100)]))
+    print(json.dumps([inspect(*kernel, arch) for kernel in kernels(arch)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -123,9 +124,24 @@ def _correction(gram: Tensor, c: float) -> tuple[Tensor | None, float, int]:
         length = (v @ matrix @ v).sqrt()
         step = length * (length - p) / (a @ v)
         t, iterations = t - step, iterations + 1
-    inside = v > 0
-    best = math.inf
-    for _ in range(3):  # the ridge taken out again
+    found, gap = _polished(matrix, cosines, a, b, p, v, gap_of)
+    correction = torch.zeros_like(norm)
+    correction[there] = unit * found / n
+    return correction, gap, iterations
+
+
+def _polished(
+    matrix: Tensor,
+    cosines: Tensor,
+    a: Tensor,
+    b: Tensor,
+    p: float,
+    v: Tensor,
+    gap_of: Callable[[Tensor, Tensor], float],
+) -> tuple[Tensor, float]:
+    """The solution with the ridge taken out again, and its gap: steps of Newton's method as long as they help."""
+    inside, best, found = v > 0, math.inf, v
+    for _ in range(3):
         v = v * p / (v @ cosines @ v).sqrt()
         value = (b @ v + p * p) / (a @ v)
         if not (gap := gap_of(v, value)) < best:
@@ -134,9 +150,7 @@ def _correction(gram: Tensor, c: float) -> tuple[Tensor | None, float, int]:
         residual = (value * a - b - cosines @ v)[inside]
         v = v.clone()
         v[inside] = (v[inside] + torch.linalg.solve(matrix[inside][:, inside], residual)).clamp(min=0)
-    correction = torch.zeros_like(norm)
-    correction[there] = unit * found / n
-    return correction, best, iterations
+    return found, best
 
 
 def _least_distance(matrix: Tensor, target: Tensor, v: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def test_every_name_that_is_picked_is_a_test(stage: str, picks: tuple[str, ...],
 
 def test_the_sanitizers_see_fewer_tests(tests: dict[str, list[str]]) -> None:
     assert set(tests["racecheck"]) < set(tests["memcheck"]) < set(tests["first tests"])
-    assert len(tests["racecheck"]) <= 30 and 100 < len(tests["memcheck"]) < 200 < len(tests["first tests"]) < 350
+    assert len(tests["racecheck"]) <= 60 and 100 < len(tests["memcheck"]) < 250 < len(tests["first tests"]) < 400
     assert all("cuda" in name for name in tests["memcheck"])
 
 
@@ -110,7 +110,7 @@ def test_the_first_tests_run_every_kernel(backend: str, tests: dict[str, list[st
     casts = {name for name in picked if name.startswith("test_cast_scale_and_accumulate")}
     assert len(casts) == 32, "from four dtypes to four, with and without accumulating"
     solved = {name for name in picked if name.startswith(("test_backends_agree[", "test_backends_agree_on"))}
-    assert {int(name.split("-")[1].rstrip("]")) for name in solved} >= {5, 40, 128} and len(solved) >= 6
+    assert {int(name.rpartition("-")[2].rstrip("]")) for name in solved} >= {5, 40, 128} and len(solved) >= 6
 
 
 def test_racecheck_sees_every_kernel_with_shared_memory(tests: dict[str, list[str]]) -> None:

@@ -98,7 +98,7 @@ def test_operations_on_columns(num_tasks: int, size: int, dtype: torch.dtype) ->
 
 
 @needs_triton
-@pytest.mark.parametrize(("dtype", "state_dtype"), zip(DTYPES, [*DTYPES[2:], *DTYPES[:2]], strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "state_dtype"), [*zip(DTYPES, [*DTYPES[2:], *DTYPES[:2]], strict=True)], ids=str)
 def test_operations_on_states(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     shapes, groups = [(1,), (1100,), (2100,), (70,)], [2, 0, 2, 0]
     rows = make_rows(3, shapes, [dtype], missing=0.2, seed=1)
