@@ -63,6 +63,19 @@ CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.solver}-{case.options}")
 
 
+@pytest.fixture(params=["reference", "cpu", emulated.NAME, "triton", "cuda"])
+def solved_by(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """The name of a backend; solvers are compiled once for all instruction sets of a CPU."""
+    name: str = request.param
+    on_cpu = name in ("reference", "cpu", emulated.NAME)
+    if on_cpu != (device.type == "cpu") and name != "reference":
+        pytest.skip(f"{name} is not for {device.type}")
+    reason = emulated.missing() if name == emulated.NAME else mk.available_backends()[name]
+    if reason is not None:
+        pytest.skip(f"backend {name}: {reason}")
+    return name
+
+
 def test_every_solver_has_a_case() -> None:
     assert {case.solver for case in CASES} == DEFINITIONS.keys()
 
@@ -122,7 +135,7 @@ def assert_same_direction(case: Case, gram: Tensor, found: Tensor, expected: Ten
 
 @every_case
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 6])
-def test_every_backend_has_the_answer_of_the_definition(case: Case, num_tasks: int, implementation: str) -> None:
+def test_every_backend_has_the_answer_of_the_definition(case: Case, num_tasks: int, solved_by: str) -> None:
     ordinary_ones = ordinary(num_tasks, 4)
     gram = torch.cat((ordinary_ones, degenerate(num_tasks), ordinary_ones * 1e-24, ordinary_ones * 1e24))
     active = torch.ones(gram.shape[:-1], dtype=torch.bool)
@@ -130,7 +143,7 @@ def test_every_backend_has_the_answer_of_the_definition(case: Case, num_tasks: i
     active[7:9, -1] = False
     states = [new_state(case, gram) for _ in range(2)]
     for _ in range(2):  # the second time from what the first one left
-        found = solve(case, gram, active, states[0], implementation)
+        found = solve(case, gram, active, states[0], solved_by)
         expected = solve(case, gram, active, states[1], "reference")
         assert found[0].isfinite().all() and (found[0][~active] == 0).all()
         assert_same_direction(case, gram, found[0], expected[0])
@@ -139,7 +152,7 @@ def test_every_backend_has_the_answer_of_the_definition(case: Case, num_tasks: i
 
 
 @every_case
-def test_what_is_not_finite(case: Case, implementation: str) -> None:
+def test_what_is_not_finite(case: Case, solved_by: str) -> None:
     gram = ordinary(4, 6)
     gram[1, 0, 0] = torch.inf
     gram[2, 1, 3] = gram[2, 3, 1] = torch.nan
@@ -148,7 +161,7 @@ def test_what_is_not_finite(case: Case, implementation: str) -> None:
     active[3, 0] = active[4] = False
     state = new_state(case, gram)
     before = None if state is None else state.normal_().abs_().clone()
-    weights, certificate = solve(case, gram, active, state, implementation)
+    weights, certificate = solve(case, gram, active, state, solved_by)
     assert (weights[1:3] == 0.25).all() and certificate[1:3, 0].isnan().all()
     assert weights.isfinite().all() and weights[3, 0] == 0 and (weights[4] == 0).all()
     if state is not None and before is not None:
@@ -156,51 +169,51 @@ def test_what_is_not_finite(case: Case, implementation: str) -> None:
 
 
 @every_case
-def test_scale(case: Case, implementation: str) -> None:
+def test_scale(case: Case, solved_by: str) -> None:
     """Powers of two, by which solvers multiply without rounding: the same bits, or as close as their powers are."""
     gram = ordinary(5, 3)
-    expected, _ = solve(case, gram, None, new_state(case, gram), implementation)
+    expected, _ = solve(case, gram, None, new_state(case, gram), solved_by)
     for exponent in (-80, -3, 80):
         scaled = gram * 2.0**exponent
-        found, _ = solve(case, scaled, None, new_state(case, gram), implementation)
+        found, _ = solve(case, scaled, None, new_state(case, gram), solved_by)
         if case.power is not None:
             torch.testing.assert_close(found, expected * 2.0 ** (exponent / 2 * case.power), rtol=1e-9, atol=0)
         assert found.isfinite().all()
 
 
 @every_case
-def test_a_mask_is_as_if_the_others_were_not_there(case: Case, implementation: str) -> None:
+def test_a_mask_is_as_if_the_others_were_not_there(case: Case, solved_by: str) -> None:
     if DEFINITIONS[case.solver].needs_rng(case.options):
         pytest.skip("draws by the number of the task")
     gram = ordinary(6, 1)[0]
     active = torch.tensor([True, False, True, True, False, True])
     gram[1] = gram[:, 1] = torch.nan
-    weights, _ = solve(case, gram, active, new_state(case, gram), implementation)
+    weights, _ = solve(case, gram, active, new_state(case, gram), solved_by)
     among = gram[active][:, active]
     if case.inputs:
         pytest.skip("inputs by the number of the task")
-    alone, _ = solve(case, among, None, new_state(case, among), implementation)
+    alone, _ = solve(case, among, None, new_state(case, among), solved_by)
     torch.testing.assert_close(weights[active], alone, rtol=1e-8, atol=1e-12)
 
 
 @every_case
 @pytest.mark.parametrize("num_tasks", [40, 128])
-def test_many_tasks(case: Case, num_tasks: int, implementation: str) -> None:
-    if implementation in (emulated.NAME, "reference", "triton"):
+def test_many_tasks(case: Case, num_tasks: int, solved_by: str) -> None:
+    if solved_by in (emulated.NAME, "reference", "triton"):
         pytest.skip("slow, and nothing new")
     gram = ordinary(num_tasks, 2)
-    weights, certificate = solve(case, gram, None, new_state(case, gram), implementation)
+    weights, certificate = solve(case, gram, None, new_state(case, gram), solved_by)
     assert weights.isfinite().all()
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
     assert (certificate[:, 0] <= case.residual * scale.clamp(min=1)).all(), certificate
 
 
 @every_case
-def test_of_a_batch_each_is_solved_alone(case: Case, implementation: str) -> None:
+def test_of_a_batch_each_is_solved_alone(case: Case, solved_by: str) -> None:
     gram = ordinary(5, 6)
-    together, _ = solve(case, gram.view(2, 3, 5, 5), None, new_state(case, gram.view(2, 3, 5, 5)), implementation)
+    together, _ = solve(case, gram.view(2, 3, 5, 5), None, new_state(case, gram.view(2, 3, 5, 5)), solved_by)
     assert together.shape == (2, 3, 5)
-    first, _ = solve(case, gram[:1], None, new_state(case, gram[:1]), implementation)
+    first, _ = solve(case, gram[:1], None, new_state(case, gram[:1]), solved_by)
     assert torch.equal(together[0, :1], first)
 
 
