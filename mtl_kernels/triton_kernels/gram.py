@@ -64,6 +64,7 @@ def options(shape: Configuration) -> dict[str, int]:
 
 @functools.cache
 def is_blackwell(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU of compute capability 10.0 or newer."""
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 10
 
 

@@ -293,6 +293,10 @@ class Method:
         """Clears the state: the next solve is like the first."""
         self.state.clear()
 
+    def _rng(self, seed: int, device: torch.device) -> Tensor:
+        """``state["rng"]``, (seed, step) on ``device``, from step 0 where there is none yet."""
+        return self._kept("rng", device, lambda: mtl_kernels.rng_state(seed, device=device))
+
     def _kept(
         self, key: str, device: torch.device, new: Callable[[], Tensor], shape: Sequence[int] | None = None
     ) -> Tensor:

@@ -90,7 +90,7 @@ class GradDrop(RowMethod):
         """
         rows = problem.rows
         leak = self._leak(rows)
-        rng = self._kept("rng", rows.device, lambda: mtl_kernels.rng_state(self.seed, device=rows.device))
+        rng = self._rng(self.seed, rows.device)
         combined = mtl_kernels.graddrop(rows, rng, leak=leak, out=problem.out)
         rng[1:].add_(1)
         return Combination(combined, problem.gram, None, None)

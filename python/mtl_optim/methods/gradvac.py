@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-import mtl_kernels
 from mtl_kernels import Solution, ops
 from mtl_kernels.solvers.gradvac import gradvac_call, gradvac_options
 
@@ -72,9 +71,6 @@ class GradVac(Method):
         check_active("GradVac", gram, active)
         new = functools.partial(torch.full, gram.shape, self.target, dtype=torch.float64, device=gram.device)
         targets = self._kept("targets", gram.device, new, gram.shape)
-        rng = self._rng(gram.device) if self.order == "random" else None
+        rng = self._rng(self.seed, gram.device) if self.order == "random" else None
         options = gradvac_options(self.order, self.reduction, self.beta)
         return Solution(ops.solve(gram, gradvac_call(options, targets, rng, active, rng is not None))[0])
-
-    def _rng(self, device: torch.device) -> Tensor:
-        return self._kept("rng", device, lambda: mtl_kernels.rng_state(self.seed, device=device))

@@ -6,9 +6,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-import mtl_kernels
 from mtl_kernels import SolverCall
 from mtl_kernels.solvers.pcgrad import pcgrad_options
 
@@ -51,7 +49,7 @@ class PCGrad(Method):
 
     def solver_call(self, device: torch.device) -> SolverCall:
         """Solver "pcgrad", in closed form: the summed coefficients of the projected gradients."""
-        rng = self._rng(device) if self.order == "random" else None
+        rng = self._rng(self.seed, device) if self.order == "random" else None
         return SolverCall(
             "pcgrad",
             pcgrad_options(self.order, self.reduction),
@@ -59,6 +57,3 @@ class PCGrad(Method):
             advance_rng=rng is not None,
             certified=False,
         )
-
-    def _rng(self, device: torch.device) -> Tensor:
-        return self._kept("rng", device, lambda: mtl_kernels.rng_state(self.seed, device=device))

@@ -6,9 +6,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-import mtl_kernels
 from mtl_kernels import SolverCall
 from mtl_kernels.solvers.random_weights import random_options
 
@@ -52,7 +50,6 @@ class RandomWeights(Method):
     def solver_call(self, device: torch.device) -> SolverCall:
         """Solver "random_weights": weights >= 0 with sum 1 over the active tasks, drawn apart for every problem."""
         options = random_options(self.distribution)
-        return SolverCall("random_weights", options, rng=self._rng(device), advance_rng=True, certified=False)
-
-    def _rng(self, device: torch.device) -> Tensor:
-        return self._kept("rng", device, lambda: mtl_kernels.rng_state(self.seed, device=device))
+        return SolverCall(
+            "random_weights", options, rng=self._rng(self.seed, device), advance_rng=True, certified=False
+        )
