@@ -46,7 +46,7 @@ demo: $(DEMO)
 	@$(RUN) -m mtl_optim.cli demo $(ARGS)
 
 test: $(READY)
-	$(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS)") $(ARGS)
+	$(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/kernels.py $(ARGS)

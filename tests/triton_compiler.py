@@ -38,7 +38,7 @@ def kernels(arch: int) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int
             shape = gram.configuration(num_tasks, code, arch >= 100)
             yield "gram", gram._partials_kernel, gram.constants(shape, code), gram.options(shape)
         yield "sums", gram._sums_kernel, gram.sum_constants(shape), {"num_warps": gram.SUM_WARPS}
-    for num_tasks in (2, 4, 8):
+    for num_tasks in (2, 4, 8) if arch == 90 else (8,):
         columns = combine.configuration(num_tasks)
         for code in range(4):
             for epilogue in ((code, False), ((code + 1) % 4, True)):

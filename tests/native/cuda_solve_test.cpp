@@ -154,11 +154,17 @@ void test_solve() {
   for (const int room : {opt_in, 2 << 10}) {
     emulation::options().shared_bytes_opt_in = room;
     SolvePlans plans;
+    // Solvers that are kernels of their own take seconds at 128 tasks here; a block has one problem from 33
+    // on.
     const std::vector<int> sizes = room != opt_in ? std::vector<int>{33}
                                    : kForRaces    ? std::vector<int>{2, 33}
                                                   : std::vector<int>{1, 2, 8, 31, 33, 64, 128};
     for (const int K : sizes) {
-      for (const SolverCase& solver : solvers) check(&plans, solver, K, K > 33 ? 2 : 5, draw(3));
+      for (const SolverCase& solver : solvers) {
+        const bool fused = std::string(solver.name) == "pcgrad" || std::string(solver.name) == "min_norm";
+        if (fused || (K <= 33 && K != 8))
+          check(&plans, solver, K, K > 33 || (kForRaces && !fused) ? 2 : 5, draw(3));
+      }
     }
   }
   emulation::options().shared_bytes_opt_in = opt_in;

@@ -331,7 +331,7 @@ void test_philox() {
 void test_min_norm_against_brute_force() {
   std::mt19937 engine(7);
   int worst_iterations = 0;
-  for (int trial = 0; trial < 30000; ++trial) {
+  for (int trial = 0; trial < 10000; ++trial) {
     const std::size_t k = 1 + engine() % 5;
     const std::size_t n = 1 + engine() % 6;
     const int kind = static_cast<int>(engine() % 7);
@@ -356,7 +356,7 @@ void test_min_norm_against_brute_force() {
 
 void test_min_norm_large() {
   std::mt19937 engine(11);
-  for (int trial = 0; trial < 200; ++trial) {
+  for (int trial = 0; trial < 100; ++trial) {
     const std::size_t k = 6 + engine() % 123;
     const std::size_t n = 1 + engine() % (2 * k);
     const int kind = static_cast<int>(engine() % 7);
@@ -377,7 +377,7 @@ void test_min_norm_large() {
 
 void test_min_norm_on_rows_that_nearly_cancel() {
   std::mt19937 engine(17);
-  for (int trial = 0; trial < 3000; ++trial) {
+  for (int trial = 0; trial < 1500; ++trial) {
     const std::size_t k = trial % 100 == 0 ? 128 : 4 + engine() % 36;
     const double left = std::pow(10.0, -3.0 - static_cast<double>(engine() % 7));
     const Matrix rows =
@@ -462,7 +462,7 @@ std::vector<double> pcgrad_direction(const Matrix& rows, const std::vector<std::
 
 void test_pcgrad() {
   std::mt19937 engine(3);
-  for (int trial = 0; trial < 2000; ++trial) {
+  for (int trial = 0; trial < 1000; ++trial) {
     const std::size_t k = 1 + engine() % 12;
     const std::size_t n = k + engine() % 8;
     const Matrix rows = random_rows(engine, k, n, 0);
@@ -598,7 +598,7 @@ std::vector<double> gradvac_direction(const Matrix& rows, double beta, std::vect
 
 void test_gradvac() {
   std::mt19937 engine(29);
-  for (int trial = 0; trial < 500; ++trial) {
+  for (int trial = 0; trial < 250; ++trial) {
     const std::size_t k = trial % 100 == 0 ? 128 : 1 + engine() % 12;
     const std::size_t n = k + 4 + engine() % 8;
     std::vector<double> targets(k * k, 0.1), state = targets;
@@ -1010,7 +1010,7 @@ void test_fair() {
 
 void test_teams() {
   std::mt19937 engine(13);
-  for (int trial = 0; trial < 60; ++trial) {
+  for (int trial = 0; trial < 40; ++trial) {
     const std::size_t k = 1 + engine() % 9;
     const int kind = static_cast<int>(engine() % 5);
     const Matrix rows = kind == 4 && k > 1 ? nearly_cancelling(engine, k, 2, 3e-7, 1e-6)

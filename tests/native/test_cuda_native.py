@@ -25,10 +25,8 @@ def program(run_folder: Path, kind: str, name: str, sources: list[Path]) -> Path
         found = folder / name
         if found.exists():
             return found
-        compiler = [*sanitizing_compiler(kind, folder), f"-I{EMULATION}", f"-I{CUDA}", "-Werror", "-g1"]
+        compiler = [*sanitizing_compiler(kind, folder), f"-I{EMULATION}", f"-I{CUDA}", "-Werror"]
         compiler += ["-DMTL_EMULATION", "-Wno-unknown-pragmas"]
-        if kind == MEMORY:  # what AddressSanitizer sees as well, or no kernel can do wrong, and slow to compile
-            compiler.append("-fno-sanitize=null,object-size,pointer-overflow,return,vptr")
 
         def compiled(source: Path) -> Path:
             made = folder / f"{source.name}.o"

@@ -8,5 +8,5 @@ from compiling import check, sanitizing_compiler
 def test_solvers_under_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "solvers_test"
     source = Path(__file__).parent / "solvers_test.cpp"
-    check(*sanitizing_compiler("address,undefined", tmp_path), "-Werror", source, "-o", program)
+    check(*sanitizing_compiler("address,undefined", tmp_path), "-O0", "-Werror", source, "-o", program)
     check(program)
