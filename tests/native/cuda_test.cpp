@@ -291,9 +291,7 @@ void expect_same_solution(const SolverCase& solver, int num_tasks, const double*
     // Of dependent rows other weights may be as right.
     expect(std::sqrt(std::max(squared_norm(num_tasks, gram, off.data()), 0.0)) <= 1e-6 * longest,
            "the direction of the host");
-    // The gap of CAGrad is as large as the direction is off, where rows nearly cancel.
-    const bool cancels = solver.name == std::string(mtl::Cagrad::name);
-    expect(certificate[0] <= of_host[0] + (cancels ? 1e-6 : 1e-9) * largest, "the residual");
+    expect(certificate[0] <= of_host[0] + 1e-9 * largest, "the residual");
     return;
   }
   double total = 0, largest = 0;

@@ -17,9 +17,12 @@
 // r the length of C^-1 (h a - b). With r >= p there is none, and F falls all along that direction.
 //
 // C + ridge I stands for C there, with a ridge of the size of C's rounding: it has an inverse whatever C is,
-// and F a gradient where J'v = 0. Newton's method takes the ridge out again at the end. That F is least where
-// J'v = 0 is found beforehand: where v'Cv <= 2 ridge (sum v)^2 of some v, it counts as 0.
+// and F a gradient where J'v = 0. Newton's method takes the ridge out again at the end, with C v in
+// compensated sums: rows that nearly cancel have v of 1e6 and more, and the support that is best without the
+// ridge. That F is least where J'v = 0 is found beforehand: where v'Cv <= 2 ridge (sum v)^2 of some v, it
+// counts as 0.
 
+#include "mtl_kernels/compensated.h"
 #include "mtl_kernels/dual_cone.h"
 #include "mtl_kernels/small_matrix.h"
 #include "mtl_kernels/solver.h"
@@ -75,7 +78,7 @@ class ConflictAverse {
         set_weights(0.0);
       } else {
         iterations = descend(10 * num_tasks_ + 40);
-        gap = refine();
+        gap = refine(4 * num_tasks_ + 40);
         for (int i = team_.rank(); i < num_tasks_; i += team_.size())
           best_[i] = (p_.is_active(i) ? 1.0 / num_active_ : 0.0) + unit_ * radius_ * v_[i] * inverse_norm_[i];
       }
@@ -143,7 +146,7 @@ class ConflictAverse {
   // Until F falls nowhere, or no more than rounding tells. `best_` is the best v, and in the end v and the
   // support are of it. Returns the number of rows that entered.
   MTL_HD int descend(int cap) {
-    evaluate(ridge_);
+    evaluate();
     double best_value = value_;
     save();
     int iterations = 0;
@@ -152,7 +155,7 @@ class ConflictAverse {
       if (entering < 0) break;
       ++iterations;
       improve_with(entering);
-      evaluate(ridge_);
+      evaluate();
       // What changes nothing is kept, but a row may enter once only until F falls by more than its rounding,
       // so that rounding cannot make a cycle.
       if (value_ <= best_value + noise_) {
@@ -161,7 +164,7 @@ class ConflictAverse {
         save();
       } else {
         restore();
-        evaluate(ridge_);
+        evaluate();
       }
     }
     return iterations;
@@ -217,28 +220,51 @@ class ConflictAverse {
     return cone.is_unbounded();
   }
 
-  // Steps of Newton's method on the support, without the ridge but in its factor, as long as the gap falls.
-  MTL_HD double refine() {
-    evaluate(0.0);
-    double least = gap();
+  // Newton's method without the ridge but in its factor, for as many steps as it takes: rows leave the
+  // support where they would turn negative, and enter it once those in it are right. `best_` is the v of the
+  // least gap, which is returned, and in the end v is it.
+  MTL_HD double refine(int cap) {
+    refined_ = true;
+    evaluate();
+    double least = gap(), previous = least;
     save();
+    forget_entries();
     MTL_NO_UNROLL
-    for (int step = 0; step < 3; ++step) {
-      solve_residual();
-      for (int k = team_.rank(); k < size_; k += team_.size()) {
-        const double moved = v_[support_[k]] + target_[k];
-        v_[support_[k]] = moved > 0.0 ? moved : 0.0;
+    for (int step = 0; step < cap && least > DBL_EPSILON * unit_; ++step) {
+      const IndexedValue leaving = move();
+      if (leaving.index >= 0 && size_ > 1) {
+        remove(leaving.index);
+        factor_from(leaving.index);
       }
-      team_.sync();
-      evaluate(0.0);
+      evaluate();
       const double found = gap();
-      if (!(fabs(value_) <= DBL_MAX && found < least)) break;
-      least = found;
-      save();
+      if (!(fabs(value_) <= DBL_MAX && found <= DBL_MAX)) break;
+      const bool falls = found < 0.5 * previous;
+      previous = found;
+      if (found < least) {
+        if (found < 0.5 * least) forget_entries();
+        least = found;
+        save();
+      }
+      if (leaving.index >= 0 || falls) continue;
+      const int entering = find_violation();
+      if (entering < 0) break;
+      enter(entering);
+      previous = DBL_MAX;
     }
     for (int i = team_.rank(); i < num_tasks_; i += team_.size()) v_[i] = best_[i];
     team_.sync();
     return least;
+  }
+
+  // A step of Newton's method, up to where the first v turns negative, whose place is returned.
+  MTL_HD IndexedValue move() {
+    solve_residual();
+    for (int k = team_.rank(); k < size_; k += team_.size()) target_[k] += v_[support_[k]];
+    team_.sync();
+    const IndexedValue leaving = first_to_leave(true);
+    advance(leaving, true, leaving.index < 0);
+    return leaving;
   }
 
   // target_ = C^-1 (value_ a - b - p product_) / p on the support.
@@ -293,17 +319,27 @@ class ConflictAverse {
     while (size_ < n) append(support_[size_]);
   }
 
-  // F(v), and what rounding makes of it; v is scaled to v'(C + ridge I)v = 1, and product_ = (C + ridge I) v.
-  MTL_HD void evaluate(double ridge) {
+  MTL_HD double product_at(int j) const {
+    if (refined_) {
+      CompensatedSum total;
+      MTL_NO_UNROLL
+      for (int k = 0; k < size_; ++k) total.add_product(p_.row(support_[k])[j], column_[k]);
+      return scale_ * total.value();
+    }
+    double total = 0.0;
+    for (int k = 0; k < size_; ++k) total += scale_ * p_.row(support_[k])[j] * column_[k];
+    return total;
+  }
+
+  // F(v), and what rounding makes of it; v is scaled to v'(C + ridge I)v = 1, and product_ = (C + ridge I) v,
+  // refined without the ridge.
+  MTL_HD void evaluate() {
+    const double ridge = refined_ ? 0.0 : ridge_;
     for (int k = team_.rank(); k < size_; k += team_.size())
       column_[k] = v_[support_[k]] * inverse_norm_[support_[k]];
     team_.sync();
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
-      double total = 0.0;
-      if (inverse_norm_[j] > 0.0) {
-        for (int k = 0; k < size_; ++k) total += scale_ * p_.row(support_[k])[j] * column_[k];
-      }
-      product_[j] = total * inverse_norm_[j] + ridge * v_[j];
+      product_[j] = inverse_norm_[j] > 0.0 ? product_at(j) * inverse_norm_[j] + ridge * v_[j] : 0.0;
     }
     team_.sync();
     double squares = 0.0, own = 0.0;
@@ -334,7 +370,8 @@ class ConflictAverse {
     }
     team_.sync();
     value_ = (slope + radius_) / share;
-    noise_ = rounding() * (slopes + radius_ * (1.0 + 0.5 * length_ * length_)) / share;
+    const double squared = refined_ ? DBL_EPSILON * length_ * length_ : length_ * length_;
+    noise_ = rounding() * (slopes + radius_ * (1.0 + 0.5 * squared)) / share;
   }
 
   MTL_HD double rounding() const { return 2.0 * DBL_EPSILON; }
@@ -354,12 +391,7 @@ class ConflictAverse {
   // Adds a row, then moves to where F is least over the support, dropping the rows whose v would turn
   // negative on the way.
   MTL_HD void improve_with(int entering) {
-    if (team_.rank() == 0) {
-      support_[size_] = entering;
-      state_[entering] |= kInSupport | kEntered;
-    }
-    team_.sync();
-    append(entering);
+    enter(entering);
     while (size_ > 1) {
       const bool bounded = find_minimizer();
       IndexedValue leaving = first_to_leave(bounded);
@@ -367,18 +399,32 @@ class ConflictAverse {
       // Of a direction a'v stays the same, so some v turns negative. If none seems to, that of the shortest
       // row is lost in rounding, and v comes to it only at the end of the direction.
       if (reached && !bounded) leaving = shortest_of_support();
-      for (int k = team_.rank(); k < size_; k += team_.size()) {
-        const double v = v_[support_[k]];
-        double moved = target_[k];
-        if (!reached) moved = v + leaving.value * (bounded ? target_[k] - v : target_[k]);
-        v_[support_[k]] = moved > 0.0 && k != leaving.index ? moved : 0.0;
-      }
-      team_.sync();
+      advance(leaving, bounded, reached);
       if (leaving.index < 0) return;
       remove(leaving.index);
       factor_from(leaving.index);
     }
     if (team_.rank() == 0) v_[support_[0]] = 1.0;
+    team_.sync();
+  }
+
+  MTL_HD void enter(int entering) {
+    if (team_.rank() == 0) {
+      support_[size_] = entering;
+      state_[entering] |= kInSupport | kEntered;
+    }
+    team_.sync();
+    append(entering);
+  }
+
+  // Moves v to target_, or as far as it takes for a row to leave.
+  MTL_HD void advance(const IndexedValue& leaving, bool bounded, bool reached) {
+    for (int k = team_.rank(); k < size_; k += team_.size()) {
+      const double v = v_[support_[k]];
+      double moved = target_[k];
+      if (!reached) moved = v + leaving.value * (bounded ? target_[k] - v : target_[k]);
+      v_[support_[k]] = moved > 0.0 && k != leaving.index ? moved : 0.0;
+    }
     team_.sync();
   }
 
@@ -473,6 +519,7 @@ class ConflictAverse {
   int* support_;
   int* state_;
   int size_ = 0;
+  bool refined_ = false;
   bool has_zero_row_ = false;
   double mean_square_ = 0.0;          // ||g0||^2, as the lengths below in units of scale_ * G
   double inverse_least_ = 1.0;        // 1 / min n
