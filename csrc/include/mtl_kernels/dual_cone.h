@@ -16,6 +16,7 @@
 #include "mtl_kernels/compensated.h"
 #include "mtl_kernels/small_matrix.h"
 #include "mtl_kernels/solver.h"
+#include "mtl_kernels/support.h"
 
 namespace mtl {
 
@@ -73,8 +74,7 @@ class DualCone {
         floor_(rounding),
         factor_{opaque(scratch), p.num_tasks},
         vectors_(factor_.data + PackedCholesky::doubles(p.num_tasks)),
-        support_(reinterpret_cast<int*>(vectors_ + 6 * num_tasks_)),
-        state_(support_ + num_tasks_) {}
+        support_(team, p.num_tasks, vectors_ + std::ptrdiff_t{6} * p.num_tasks) {}
 
   // What the caller fills in, each rank its own tasks, before `solve`.
   MTL_HD double* q() const { return vectors_; }
@@ -96,14 +96,14 @@ class DualCone {
         iterations += enter_with(entering);
         settle();
       } else {
-        if (size_ == 0 || polished == kMostPolishes || !polish()) break;
+        if (support_.size() == 0 || polished == kMostPolishes || !polish()) break;
         ++polished;
       }
       const double value = evaluate();
       // A row may enter once only until the value falls by more than its rounding, which could make a cycle.
       if (value < best - rounding() * length_ * length_) {
         best = value;
-        forget_entries();
+        support_.forget_entries();
       }
     }
     return iterations;
@@ -119,9 +119,9 @@ class DualCone {
     if (is_unbounded_) return cancelled_ > 0.0 ? cancelled_ : 0.0;
     double negated = 0.0;
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
-      if ((state_[j] & kExcluded) != 0) continue;
+      if ((support_.state(j) & Rows::kExcluded) != 0) continue;
       const double r = gradient()[j];
-      const double violation = (state_[j] & kInSupport) != 0 ? -fabs(r) : r;
+      const double violation = (support_.state(j) & Rows::kInside) != 0 ? -fabs(r) : r;
       negated = violation < negated ? violation : negated;
     }
     negated = team_.min(negated);
@@ -145,7 +145,7 @@ class DualCone {
   MTL_HD double rounding_of_square() const { return floor_ * length_ * length_; }
 
  private:
-  enum State : int { kInSupport = 1, kEntered = 2, kExcluded = 4 };  // bits; kEntered: since the value fell
+  using Rows = Support<Team>;
   static constexpr int kMostPolishes = 4;
 
   MTL_HD double* gradient() const { return vectors_ + 3 * num_tasks_; }  // Cv - t
@@ -156,13 +156,13 @@ class DualCone {
 
   // y = 0, and the gradient there.
   MTL_HD void begin(int without) {
-    size_ = 0;
+    support_.clear();
     is_unbounded_ = false;
     double partial = 0.0;
     double negated = 0.0;
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
       y()[j] = 0.0;
-      state_[j] = unit_.inverse[j] > 0.0 && j != without ? 0 : kExcluded;
+      support_.set_state(j, unit_.inverse[j] > 0.0 && j != without ? 0 : Rows::kExcluded);
       column()[j] = q()[j] * unit_.inverse[j];
       partial += q()[j];
       negated = -t()[j] < negated ? -t()[j] : negated;
@@ -186,38 +186,35 @@ class DualCone {
   // them, and as long as some y is negative without these.
   MTL_HD void start() {
     for (int j = 0; j < num_tasks_; ++j) {
-      if (state_[j] != 0 || !(gradient()[j] < -rounding() * length_)) continue;
+      if (support_.state(j) != 0 || !(gradient()[j] < -rounding() * length_)) continue;
       enter(j);
-      if (hardly_differs()) drop(size_ - 1);
+      if (hardly_differs()) drop(support_.size() - 1);
     }
     team_.sync();
-    for (bool again = size_ > 0; again;) {
+    for (bool again = support_.size() > 0; again;) {
       find_step();
-      for (int k = team_.rank(); k < size_; k += team_.size())
+      for (int k = team_.rank(); k < support_.size(); k += team_.size())
         y()[support_[k]] = column()[k] > 0.0 ? column()[k] : 0.0;
       team_.sync();
       again = false;
-      for (int k = size_ - 1; k >= 0; --k) {
+      for (int k = support_.size() - 1; k >= 0; --k) {
         const bool leaves = y()[support_[k]] == 0.0;
         team_.sync();
         if (leaves) drop(k);
-        again = (again || leaves) && size_ > 0;
+        again = (again || leaves) && support_.size() > 0;
       }
     }
-    forget_entries();
+    support_.forget_entries();
   }
 
   // Puts a row at the end of the support.
   MTL_HD void enter(int task) {
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const int other = support_[k];
       column()[k] = p_.row(other)[task] * unit_.inverse[other] * unit_.inverse[task];
     }
-    if (team_.rank() == 0) support_[size_] = task;
-    team_.sync();
-    if (team_.rank() == 0) state_[task] |= kInSupport | kEntered;
-    factor_.append(team_, size_, column(), 1.0 + floor_, floor_);
-    ++size_;
+    support_.enter(task);
+    factor_.append(team_, support_.size() - 1, column(), 1.0 + floor_, floor_);
   }
 
   // Puts a row there, and those that are violated half as much. Returns how many. With targets it comes
@@ -227,47 +224,42 @@ class DualCone {
       enter(task);
       return 1;
     }
-    const int before = size_;
+    const int before = support_.size();
     const double half = 0.5 * gradient()[task];
     for (int j = 0; j < num_tasks_; ++j) {
-      if (state_[j] == 0 && gradient()[j] <= half) enter(j);
+      if (support_.state(j) == 0 && gradient()[j] <= half) enter(j);
     }
-    return size_ - before;
+    return support_.size() - before;
   }
 
   // Takes the row at a place in the support out of it.
   MTL_HD void drop(int place) {
-    if (team_.rank() == 0) {
-      state_[support_[place]] &= ~kInSupport;
-      for (int k = place; k + 1 < size_; ++k) support_[k] = support_[k + 1];
-    }
-    team_.sync();
-    factor_.remove(team_, size_, place, column());
-    --size_;
+    factor_.remove(team_, support_.size(), place, column());
+    support_.remove(place);
   }
 
   // Whether the last row of the support is all but dependent on the others: within 1e-4 of their span.
-  MTL_HD bool hardly_differs() const { return factor_.at(size_ - 1)[size_ - 1] < 1e-4; }
+  MTL_HD bool hardly_differs() const { return factor_.at(support_.size() - 1)[support_.size() - 1] < 1e-4; }
 
   // column = what takes y to the minimizer over the support.
   MTL_HD void find_step() {
-    for (int k = team_.rank(); k < size_; k += team_.size()) column()[k] = -gradient()[support_[k]];
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) column()[k] = -gradient()[support_[k]];
     team_.sync();
-    factor_.forward_substitute(team_, size_, column());
-    factor_.back_substitute(team_, size_, column());
+    factor_.forward_substitute(team_, support_.size(), column());
+    factor_.back_substitute(team_, support_.size(), column());
   }
 
   // Moves to the minimizer over the support; rows whose y would turn negative on the way leave. The gradient
   // is then out of date. Where there is no minimizer, stops with what shows it in y.
   MTL_HD void settle() {
-    while (size_ > 0) {
+    while (support_.size() > 0) {
       find_step();
       const IndexedValue leaving = first_to_leave();
       if (leaving.index < 0 && has_targets_ && hardly_turns()) {
         if (cancels()) return;
         find_step();
       }
-      for (int k = team_.rank(); k < size_; k += team_.size()) {
+      for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
         const double step = leaving.index < 0 ? column()[k] : leaving.value * column()[k];
         const double moved = y()[support_[k]] + step;
         y()[support_[k]] = moved > 0.0 && k != leaving.index ? moved : 0.0;
@@ -284,7 +276,7 @@ class DualCone {
   MTL_HD bool hardly_turns() const {
     double product = 0.0;
     double length = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       product -= column()[k] * gradient()[support_[k]];
       length += column()[k];
     }
@@ -297,17 +289,19 @@ class DualCone {
   // are all to be met by more than 0, but cancel to rounding. y is then that combination, with sum 1.
   MTL_HD bool cancels() {
     double partial = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) partial += column()[k] > 0.0 ? column()[k] : 0.0;
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
+      partial += column()[k] > 0.0 ? column()[k] : 0.0;
     const double length = team_.sum(partial);
     if (!(length > 0.0)) return false;
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       column()[k] = column()[k] > 0.0 ? column()[k] / length * unit_.inverse[support_[k]] : 0.0;
     team_.sync();
     partial = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       CompensatedSum total;
       MTL_NO_UNROLL
-      for (int l = 0; l < size_; ++l) total.add_product(p_.row(support_[k])[support_[l]], column()[l]);
+      for (int l = 0; l < support_.size(); ++l)
+        total.add_product(p_.row(support_[k])[support_[l]], column()[l]);
       partial += column()[k] * total.value();
     }
     cancelled_ = team_.sum(partial);
@@ -315,7 +309,7 @@ class DualCone {
     is_unbounded_ = true;
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) y()[j] = 0.0;
     team_.sync();
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       y()[support_[k]] = column()[k] / unit_.inverse[support_[k]];
     team_.sync();
     return true;
@@ -325,7 +319,7 @@ class DualCone {
   MTL_HD bool polish() {
     evaluate_support<true>();
     double negated = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const double r = -fabs(gradient()[support_[k]]);
       negated = r < negated ? r : negated;
     }
@@ -337,7 +331,7 @@ class DualCone {
   // Place in the support of the first y to reach 0, and the step at which it does; index -1 when none does.
   MTL_HD IndexedValue first_to_leave() const {
     IndexedValue first = {0.0, -1};
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const double own = y()[support_[k]];
       if (own + column()[k] > 0.0) continue;
       first = lesser(first, {own > 0.0 ? own / -column()[k] : 0.0, k});
@@ -352,7 +346,7 @@ class DualCone {
     team_.sync();
     double value = 0.0;
     double length = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const int task = support_[k];
       value += y()[task] * (gradient()[task] + start_gradient()[task]);
       length += y()[task];
@@ -371,7 +365,7 @@ class DualCone {
     } else {
       fill_column();
     }
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const int j = support_[k];
       gradient()[j] =
           kCompensated ? (product_at(j) - t()[j]) + unit_.rho[j] * (q()[j] + y()[j]) : plain_gradient(j);
@@ -390,14 +384,14 @@ class DualCone {
   }
 
   MTL_HD void fill_column() {
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       column()[k] = y()[support_[k]] * unit_.inverse[support_[k]];
     team_.sync();
   }
 
   MTL_HD double plain_gradient(int j) const {
     double total = 0.0;
-    for (int k = 0; k < size_; ++k) total += p_.row(support_[k])[j] * column()[k];
+    for (int k = 0; k < support_.size(); ++k) total += p_.row(support_[k])[j] * column()[k];
     return total * unit_.inverse[j] + unit_.rho[j] * y()[j] + start_gradient()[j];
   }
 
@@ -405,14 +399,10 @@ class DualCone {
   MTL_HD int find_violation() const {
     IndexedValue worst = {0.0, -1};
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
-      if (state_[j] == 0 && gradient()[j] < -rounding() * length_) worst = lesser(worst, {gradient()[j], j});
+      if (support_.state(j) == 0 && gradient()[j] < -rounding() * length_)
+        worst = lesser(worst, {gradient()[j], j});
     }
     return team_.argmin(worst.value, worst.index).index;
-  }
-
-  MTL_HD void forget_entries() {
-    for (int j = team_.rank(); j < num_tasks_; j += team_.size()) state_[j] &= ~kEntered;
-    team_.sync();
   }
 
   const Team& team_;
@@ -422,9 +412,7 @@ class DualCone {
   double floor_;  // and mu
   PackedCholesky factor_;
   double* vectors_;
-  int* support_;
-  int* state_;
-  int size_ = 0;
+  Rows support_;
   bool has_targets_ = false;
   bool is_unbounded_ = false;
   double cancelled_ = 0.0;

@@ -14,6 +14,7 @@
 #include "mtl_kernels/compensated.h"
 #include "mtl_kernels/small_matrix.h"
 #include "mtl_kernels/solver.h"
+#include "mtl_kernels/support.h"
 
 namespace mtl {
 
@@ -30,15 +31,15 @@ class Wolfe {
         p_(p),
         num_tasks_(p.num_tasks),
         num_active_(num_active),
-        factor_{opaque(p.scratch), p.num_tasks} {
+        factor_{opaque(p.scratch), p.num_tasks},
+        support_(team, p.num_tasks,
+                 factor_.data + PackedCholesky::doubles(p.num_tasks) + std::ptrdiff_t{7} * p.num_tasks) {
     double* next = factor_.data + PackedCholesky::doubles(num_tasks_);
     double** vectors[] = {&inverse_norm_, &a_, &y_, &target_, &product_, &column_, &forward_};
     for (double** vector : vectors) {
       *vector = next;
       next += num_tasks_;
     }
-    support_ = reinterpret_cast<int*>(next);
-    state_ = support_ + num_tasks_;
     best_ = p.weights;
   }
 
@@ -53,11 +54,9 @@ class Wolfe {
     clear();
     if (team_.rank() == 0) {
       y_[shortest] = 1.0 / a_[shortest];
-      state_[shortest] = kInSupport;
-      support_[0] = shortest;
     }
-    team_.sync();
-    append(shortest);
+    support_.enter(shortest, Rows::kInside);
+    append(0);
     return descend(0, cap);
   }
 
@@ -79,7 +78,7 @@ class Wolfe {
   }
 
  private:
-  enum State : int { kInSupport = 1, kEntered = 2 };  // bits; kEntered: since y'Cy last fell
+  using Rows = Support<Team>;
 
   // Major cycles, until no row violates the optimality conditions. `best_` is then the best y, and the state
   // is that of it.
@@ -88,7 +87,7 @@ class Wolfe {
     double best_length = length_;
     save();
     while (iterations < cap) {
-      const int entering = find_violation(best_value, rounding(), kInSupport | kEntered);
+      const int entering = find_violation(best_value, rounding(), Rows::kInside | Rows::kEntered);
       if (entering < 0) break;
       ++iterations;
       improve_with(entering);
@@ -99,7 +98,7 @@ class Wolfe {
       const double shorter = length_ < best_length ? length_ : best_length;
       const double noise = noise_of(best_value, shorter);
       if (value <= best_value + noise) {
-        if (value < best_value - noise) forget_entries();
+        if (value < best_value - noise) support_.forget_entries();
         best_value = value < best_value ? value : best_value;
         best_length = length_;
         save();
@@ -124,7 +123,7 @@ class Wolfe {
     for (int i = team_.rank(); i < num_tasks_; i += team_.size()) {
       if (p_.is_active(i) && a_[i] < least) least = a_[i];
       y_[i] = 0.0;
-      state_[i] = 0;
+      support_.set_state(i, 0);
     }
     least_a_ = team_.min(least);
     team_.sync();
@@ -134,10 +133,9 @@ class Wolfe {
     return p_.row(i)[j] * inverse_norm_[i] * inverse_norm_[j] + a_[i] * a_[j];
   }
 
-  // Factors support_[size_], which must already be there. Returns whether it is independent of those before
-  // it.
-  MTL_HD bool append(int task) {
-    const int n = size_++;
+  // Factors the row at place n of the support. Returns whether it is independent of those before it.
+  MTL_HD bool append(int n) {
+    const int task = support_[n];
     for (int k = team_.rank(); k < n; k += team_.size()) column_[k] = entry(support_[k], task);
     team_.sync();
     const double floor = 4.0 * DBL_EPSILON * num_active_;  // and mu
@@ -154,10 +152,8 @@ class Wolfe {
   }
 
   MTL_HD bool factor_from(int position) {
-    const int n = size_;
-    size_ = position;
     bool independent = true;
-    while (size_ < n) independent = append(support_[size_]);
+    for (int n = position; n < support_.size(); ++n) independent = append(n);
     return independent;
   }
 
@@ -166,27 +162,27 @@ class Wolfe {
     if constexpr (kRefined) {
       CompensatedSum total;
       MTL_NO_UNROLL
-      for (int k = 0; k < size_; ++k) total.add_product(p_.row(support_[k])[j], column_[k]);
+      for (int k = 0; k < support_.size(); ++k) total.add_product(p_.row(support_[k])[j], column_[k]);
       return total.value() * inverse_norm_[j];
     } else {
       double total = 0.0;
-      for (int k = 0; k < size_; ++k) total += p_.row(support_[k])[j] * column_[k];
+      for (int k = 0; k < support_.size(); ++k) total += p_.row(support_[k])[j] * column_[k];
       return total * inverse_norm_[j];
     }
   }
 
   // product_ = C y, for the support alone unless `everywhere`; returns y'Cy.
   MTL_HD double evaluate(bool everywhere = true) {
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       column_[k] = y_[support_[k]] * inverse_norm_[support_[k]];
     team_.sync();
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
-      if (everywhere || (state_[j] & kInSupport) != 0) product_[j] = product_at(j);
+      if (everywhere || (support_.state(j) & Rows::kInside) != 0) product_[j] = product_at(j);
     }
     team_.sync();
     double value = 0.0;
     double length = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       value += y_[support_[k]] * product_[support_[k]];
       length += y_[support_[k]];
     }
@@ -201,7 +197,7 @@ class Wolfe {
     IndexedValue worst = {0.0, -1};
     double negated_gap = 0.0;
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
-      if (!p_.is_active(j) || (state_[j] & without) != 0) continue;
+      if (!p_.is_active(j) || (support_.state(j) & without) != 0) continue;
       const double residual = product_[j] - a_[j] * value;
       if (residual >= -rounding * length_ * (1.0 + a_[j] * length_)) continue;
       worst = lesser(worst, {residual, j});
@@ -216,21 +212,17 @@ class Wolfe {
   // would turn negative on the way. A numerically dependent row has no such point: the norm falls along the
   // kernel direction of M until a row leaves.
   MTL_HD void improve_with(int entering) {
-    if (team_.rank() == 0) {
-      support_[size_] = entering;
-      state_[entering] |= kInSupport | kEntered;
-    }
-    team_.sync();
-    bool independent = append(entering);
+    support_.enter(entering);
+    bool independent = append(support_.size() - 1);
     for (;;) {
-      const bool along_kernel = !independent && support_[size_ - 1] == entering;
+      const bool along_kernel = !independent && support_[support_.size() - 1] == entering;
       if (along_kernel) {
         find_kernel();
       } else {
         find_minimizer();
       }
       const IndexedValue leaving = first_to_leave(along_kernel);
-      for (int k = team_.rank(); k < size_; k += team_.size()) {
+      for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
         const double y = y_[support_[k]];
         double moved = target_[k];
         if (leaving.index >= 0) moved = y + leaving.value * (along_kernel ? moved : moved - y);
@@ -239,7 +231,7 @@ class Wolfe {
       team_.sync();
       if (along_kernel) rescale();
       if (leaving.index < 0) return;
-      remove(leaving.index);
+      support_.remove(leaving.index);
       independent = factor_from(leaving.index);
       if (kRefined) evaluate(false);
     }
@@ -249,28 +241,29 @@ class Wolfe {
   // multiple.
   MTL_HD void find_minimizer() {
     if constexpr (kRefined) {
-      for (int k = team_.rank(); k < size_; k += team_.size())
+      for (int k = team_.rank(); k < support_.size(); k += team_.size())
         target_[k] = a_[support_[k]] * value_ - product_[support_[k]];
       team_.sync();
-      factor_.forward_substitute(team_, size_, target_);
-      factor_.back_substitute(team_, size_, target_);
-      for (int k = team_.rank(); k < size_; k += team_.size()) target_[k] += y_[support_[k]];
+      factor_.forward_substitute(team_, support_.size(), target_);
+      factor_.back_substitute(team_, support_.size(), target_);
+      for (int k = team_.rank(); k < support_.size(); k += team_.size()) target_[k] += y_[support_[k]];
     } else {
-      for (int k = team_.rank(); k < size_; k += team_.size()) target_[k] = forward_[k];
+      for (int k = team_.rank(); k < support_.size(); k += team_.size()) target_[k] = forward_[k];
       team_.sync();
-      factor_.back_substitute(team_, size_, target_);
+      factor_.back_substitute(team_, support_.size(), target_);
     }
     double partial = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) partial += a_[support_[k]] * target_[k];
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
+      partial += a_[support_[k]] * target_[k];
     const double total = team_.sum(partial);
-    for (int k = team_.rank(); k < size_; k += team_.size()) target_[k] /= total;
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) target_[k] /= total;
     team_.sync();
   }
 
   // target_ = (-M_SS^-1 M_Sj, 1) for the last row j of the support.
   MTL_HD void find_kernel() {
-    const int last = size_ - 1;
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    const int last = support_.size() - 1;
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       target_[k] = k < last ? -factor_.at(k)[last] : 1.0;
     team_.sync();
     factor_.back_substitute(team_, last, target_);
@@ -280,7 +273,7 @@ class Wolfe {
   // does.
   MTL_HD IndexedValue first_to_leave(bool along_kernel) const {
     IndexedValue first = {0.0, -1};
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       if (along_kernel ? target_[k] >= 0.0 : target_[k] > 0.0) continue;
       const double y = y_[support_[k]];
       const double step = y > 0.0 ? y / (along_kernel ? -target_[k] : y - target_[k]) : 0.0;
@@ -291,18 +284,10 @@ class Wolfe {
 
   MTL_HD void rescale() {
     double partial = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) partial += a_[support_[k]] * y_[support_[k]];
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
+      partial += a_[support_[k]] * y_[support_[k]];
     const double total = team_.sum(partial);
-    for (int k = team_.rank(); k < size_; k += team_.size()) y_[support_[k]] /= total;
-    team_.sync();
-  }
-
-  MTL_HD void remove(int position) {
-    if (team_.rank() == 0) {
-      state_[support_[position]] &= ~kInSupport;
-      for (int k = position; k + 1 < size_; ++k) support_[k] = support_[k + 1];
-    }
-    --size_;
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) y_[support_[k]] /= total;
     team_.sync();
   }
 
@@ -312,35 +297,18 @@ class Wolfe {
   }
 
   MTL_HD void restore() {
-    int size = 0;
-    for (int i = 0; i < num_tasks_; ++i) {
-      const bool inside = best_[i] > 0.0;
-      if (i % team_.size() == team_.rank()) {
-        y_[i] = best_[i];
-        state_[i] = (state_[i] & kEntered) | (inside ? kInSupport : 0);
-        if (inside) support_[size] = i;
-      }
-      size += inside;
-    }
-    team_.sync();
-    size_ = size;
+    for (int i = team_.rank(); i < num_tasks_; i += team_.size()) y_[i] = best_[i];
+    support_.restore(best_);
     factor_from(0);
-  }
-
-  MTL_HD void forget_entries() {
-    for (int i = team_.rank(); i < num_tasks_; i += team_.size()) state_[i] &= ~kEntered;
-    team_.sync();
   }
 
   const Team& team_;
   const Problem& p_;
   int num_tasks_, num_active_;
   PackedCholesky factor_;
+  Rows support_;
   double *inverse_norm_, *a_, *y_, *target_, *product_, *column_, *forward_;
   double* best_;
-  int* support_;
-  int* state_;
-  int size_ = 0;
   double value_ = 0.0;  // y'Cy and the sum of y, of the last evaluate
   double length_ = 0.0;
   double least_a_ = 0.0;

@@ -26,6 +26,7 @@
 #include "mtl_kernels/dual_cone.h"
 #include "mtl_kernels/small_matrix.h"
 #include "mtl_kernels/solver.h"
+#include "mtl_kernels/support.h"
 
 namespace mtl {
 
@@ -47,7 +48,9 @@ class ConflictAverse {
         num_active_(num_active),
         scale_(power_of_two_scale(max_active_diagonal(team, p))),
         ridge_(4.0 * DBL_EPSILON * num_active),
-        factor_{opaque(p.scratch), p.num_tasks} {
+        factor_{opaque(p.scratch), p.num_tasks},
+        support_(team, p.num_tasks,
+                 factor_.data + PackedCholesky::doubles(p.num_tasks) + std::ptrdiff_t{9} * p.num_tasks) {
     double* next = factor_.data + PackedCholesky::doubles(num_tasks_);
     double** vectors[] = {&inverse_norm_, &a_,      &b_,         &v_,        &target_,
                           &product_,      &column_, &forward_a_, &forward_b_};
@@ -55,8 +58,6 @@ class ConflictAverse {
       *vector = next;
       next += num_tasks_;
     }
-    support_ = reinterpret_cast<int*>(next);
-    state_ = support_ + num_tasks_;
     best_ = p.weights;
   }
 
@@ -88,8 +89,6 @@ class ConflictAverse {
   }
 
  private:
-  enum State : int { kInSupport = 1, kEntered = 2 };  // bits; kEntered: since F last fell
-
   MTL_HD void set_weights(double value) {
     for (int i = team_.rank(); i < num_tasks_; i += team_.size())
       p_.weights[i] = p_.is_active(i) ? value : 0.0;
@@ -111,10 +110,10 @@ class ConflictAverse {
       if (inverse_norm_[i] > inverse_least) inverse_least = inverse_norm_[i];
       zero = zero || (p_.is_active(i) && !(square > 0.0));
       v_[i] = 0.0;
-      state_[i] = 0;
+      support_.set_state(i, 0);
     }
     squares = team_.sum(squares) / num_active_;
-    size_ = 0;
+    support_.clear();
     length = team_.sum(length) / num_active_;
     has_zero_row_ = team_.any(zero);
     inverse_least_ = -team_.min(-inverse_least);
@@ -133,13 +132,8 @@ class ConflictAverse {
       least = lesser(least, {(b_[i] + radius_) / a_[i], i});
     }
     least = team_.argmin(least.value, least.index);
-    if (team_.rank() == 0) {
-      support_[0] = least.index;
-      state_[least.index] = kInSupport;
-      v_[least.index] = 1.0;
-    }
-    team_.sync();
-    append(least.index);
+    if (team_.rank() == 0) v_[least.index] = 1.0;
+    enter(least.index, Support<Team>::kInside);
     return true;
   }
 
@@ -159,7 +153,7 @@ class ConflictAverse {
       // What changes nothing is kept, but a row may enter once only until F falls by more than its rounding,
       // so that rounding cannot make a cycle.
       if (value_ <= best_value + noise_) {
-        if (value_ < best_value - noise_) forget_entries();
+        if (value_ < best_value - noise_) support_.forget_entries();
         best_value = value_ < best_value ? value_ : best_value;
         save();
       } else {
@@ -228,12 +222,12 @@ class ConflictAverse {
     evaluate();
     double least = gap(), previous = least;
     save();
-    forget_entries();
+    support_.forget_entries();
     MTL_NO_UNROLL
     for (int step = 0; step < cap && least > DBL_EPSILON * unit_; ++step) {
       const IndexedValue leaving = move();
-      if (leaving.index >= 0 && size_ > 1) {
-        remove(leaving.index);
+      if (leaving.index >= 0 && support_.size() > 1) {
+        support_.remove(leaving.index);
         factor_from(leaving.index);
       }
       evaluate();
@@ -242,7 +236,7 @@ class ConflictAverse {
       const bool falls = found < 0.5 * previous;
       previous = found;
       if (found < least) {
-        if (found < 0.5 * least) forget_entries();
+        if (found < 0.5 * least) support_.forget_entries();
         least = found;
         save();
       }
@@ -260,7 +254,7 @@ class ConflictAverse {
   // A step of Newton's method, up to where the first v turns negative, whose place is returned.
   MTL_HD IndexedValue move() {
     solve_residual();
-    for (int k = team_.rank(); k < size_; k += team_.size()) target_[k] += v_[support_[k]];
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) target_[k] += v_[support_[k]];
     team_.sync();
     const IndexedValue leaving = first_to_leave(true);
     advance(leaving, true, leaving.index < 0);
@@ -269,13 +263,13 @@ class ConflictAverse {
 
   // target_ = C^-1 (value_ a - b - p product_) / p on the support.
   MTL_HD void solve_residual() {
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const int i = support_[k];
       target_[k] = (a_[i] * value_ - b_[i]) / radius_ - product_[i];
     }
     team_.sync();
-    factor_.forward_substitute(team_, size_, target_);
-    factor_.back_substitute(team_, size_, target_);
+    factor_.forward_substitute(team_, support_.size(), target_);
+    factor_.back_substitute(team_, support_.size(), target_);
   }
 
   // F(v) - min_j g_j'(g0 + p J'v), in units of scale_ * G.
@@ -293,9 +287,9 @@ class ConflictAverse {
     return scale_ * p_.row(i)[j] * inverse_norm_[i] * inverse_norm_[j];
   }
 
-  // Factors support_[size_], which must already be there.
-  MTL_HD void append(int task) {
-    const int n = size_++;
+  // Factors the row at place n of the support.
+  MTL_HD void append(int n) {
+    const int task = support_[n];
     for (int k = team_.rank(); k < n; k += team_.size()) column_[k] = entry(support_[k], task);
     team_.sync();
     factor_.append(team_, n, column_, 1.0 + ridge_, ridge_);
@@ -314,20 +308,18 @@ class ConflictAverse {
   }
 
   MTL_HD void factor_from(int position) {
-    const int n = size_;
-    size_ = position;
-    while (size_ < n) append(support_[size_]);
+    for (int n = position; n < support_.size(); ++n) append(n);
   }
 
   MTL_HD double product_at(int j) const {
     if (refined_) {
       CompensatedSum total;
       MTL_NO_UNROLL
-      for (int k = 0; k < size_; ++k) total.add_product(p_.row(support_[k])[j], column_[k]);
+      for (int k = 0; k < support_.size(); ++k) total.add_product(p_.row(support_[k])[j], column_[k]);
       return scale_ * total.value();
     }
     double total = 0.0;
-    for (int k = 0; k < size_; ++k) total += scale_ * p_.row(support_[k])[j] * column_[k];
+    for (int k = 0; k < support_.size(); ++k) total += scale_ * p_.row(support_[k])[j] * column_[k];
     return total;
   }
 
@@ -335,7 +327,7 @@ class ConflictAverse {
   // refined without the ridge.
   MTL_HD void evaluate() {
     const double ridge = refined_ ? 0.0 : ridge_;
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       column_[k] = v_[support_[k]] * inverse_norm_[support_[k]];
     team_.sync();
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
@@ -343,7 +335,7 @@ class ConflictAverse {
     }
     team_.sync();
     double squares = 0.0, own = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const double v = v_[support_[k]];
       squares += v * product_[support_[k]];
       own += v * v;
@@ -352,7 +344,7 @@ class ConflictAverse {
     own = ridge_ * team_.sum(own);
     const double inverse = 1.0 / sqrt(squares > own ? squares : own);
     double share = 0.0, slope = 0.0, slopes = 0.0, length = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const int i = support_[k];
       const double v = v_[i] * inverse;
       share += a_[i] * v;
@@ -380,7 +372,7 @@ class ConflictAverse {
   MTL_HD int find_violation() const {
     IndexedValue worst = {0.0, -1};
     for (int j = team_.rank(); j < num_tasks_; j += team_.size()) {
-      if (inverse_norm_[j] == 0.0 || state_[j] != 0) continue;
+      if (inverse_norm_[j] == 0.0 || support_.state(j) != 0) continue;
       const double residual = b_[j] + radius_ * product_[j] - a_[j] * value_;
       if (residual >= -rounding() * (fabs(b_[j]) + radius_ * length_) - a_[j] * noise_) continue;
       worst = lesser(worst, {residual / a_[j], j});
@@ -392,7 +384,7 @@ class ConflictAverse {
   // negative on the way.
   MTL_HD void improve_with(int entering) {
     enter(entering);
-    while (size_ > 1) {
+    while (support_.size() > 1) {
       const bool bounded = find_minimizer();
       IndexedValue leaving = first_to_leave(bounded);
       const bool reached = leaving.index < 0;
@@ -401,25 +393,21 @@ class ConflictAverse {
       if (reached && !bounded) leaving = shortest_of_support();
       advance(leaving, bounded, reached);
       if (leaving.index < 0) return;
-      remove(leaving.index);
+      support_.remove(leaving.index);
       factor_from(leaving.index);
     }
     if (team_.rank() == 0) v_[support_[0]] = 1.0;
     team_.sync();
   }
 
-  MTL_HD void enter(int entering) {
-    if (team_.rank() == 0) {
-      support_[size_] = entering;
-      state_[entering] |= kInSupport | kEntered;
-    }
-    team_.sync();
-    append(entering);
+  MTL_HD void enter(int task, int state = Support<Team>::kInside | Support<Team>::kEntered) {
+    support_.enter(task, state);
+    append(support_.size() - 1);
   }
 
   // Moves v to target_, or as far as it takes for a row to leave.
   MTL_HD void advance(const IndexedValue& leaving, bool bounded, bool reached) {
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const double v = v_[support_[k]];
       double moved = target_[k];
       if (!reached) moved = v + leaving.value * (bounded ? target_[k] - v : target_[k]);
@@ -430,7 +418,7 @@ class ConflictAverse {
 
   MTL_HD IndexedValue shortest_of_support() const {
     IndexedValue shortest = {0.0, -1};
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       shortest = lesser(shortest, {-a_[support_[k]], k});
     return team_.argmin(shortest.value, shortest.index);
   }
@@ -439,7 +427,7 @@ class ConflictAverse {
   // along it; and the step at which it does. Index -1 when none does.
   MTL_HD IndexedValue first_to_leave(bool bounded) const {
     IndexedValue first = {0.0, -1};
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       if (bounded ? target_[k] > 0.0 : target_[k] >= 0.0) continue;
       const double v = v_[support_[k]];
       const double step = v > 0.0 ? v / (bounded ? v - target_[k] : -target_[k]) : 0.0;
@@ -452,14 +440,14 @@ class ConflictAverse {
   // direction in which it falls without end.
   MTL_HD bool find_minimizer() {
     double aa = 0.0, ab = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       aa += forward_a_[k] * forward_a_[k];
       ab += forward_a_[k] * forward_b_[k];
     }
     aa = team_.sum(aa);
     const double h = team_.sum(ab) / aa;
     double squares = 0.0;
-    for (int k = team_.rank(); k < size_; k += team_.size()) {
+    for (int k = team_.rank(); k < support_.size(); k += team_.size()) {
       const double steepest = h * forward_a_[k] - forward_b_[k];
       squares += steepest * steepest;
     }
@@ -467,20 +455,11 @@ class ConflictAverse {
     const double left = radius_ * radius_ - squares;
     const bool bounded = left > 0.0;
     const double factor = bounded ? h + sqrt(left / aa) : h;
-    for (int k = team_.rank(); k < size_; k += team_.size())
+    for (int k = team_.rank(); k < support_.size(); k += team_.size())
       target_[k] = (factor * forward_a_[k] - forward_b_[k]) / (bounded ? radius_ : 1.0);
     team_.sync();
-    factor_.back_substitute(team_, size_, target_);
+    factor_.back_substitute(team_, support_.size(), target_);
     return bounded;
-  }
-
-  MTL_HD void remove(int position) {
-    if (team_.rank() == 0) {
-      state_[support_[position]] &= ~kInSupport;
-      for (int k = position; k + 1 < size_; ++k) support_[k] = support_[k + 1];
-    }
-    --size_;
-    team_.sync();
   }
 
   MTL_HD void save() {
@@ -489,24 +468,9 @@ class ConflictAverse {
   }
 
   MTL_HD void restore() {
-    int size = 0;
-    for (int i = 0; i < num_tasks_; ++i) {
-      const bool inside = best_[i] > 0.0;
-      if (i % team_.size() == team_.rank()) {
-        v_[i] = best_[i];
-        state_[i] = (state_[i] & kEntered) | (inside ? kInSupport : 0);
-        if (inside) support_[size] = i;
-      }
-      size += inside;
-    }
-    team_.sync();
-    size_ = size;
+    for (int i = team_.rank(); i < num_tasks_; i += team_.size()) v_[i] = best_[i];
+    support_.restore(best_);
     factor_from(0);
-  }
-
-  MTL_HD void forget_entries() {
-    for (int i = team_.rank(); i < num_tasks_; i += team_.size()) state_[i] &= ~kEntered;
-    team_.sync();
   }
 
   const Team& team_;
@@ -514,11 +478,9 @@ class ConflictAverse {
   int num_tasks_, num_active_;
   double scale_, ridge_;
   PackedCholesky factor_;
+  Support<Team> support_;
   double *inverse_norm_, *a_, *b_, *v_, *target_, *product_, *column_, *forward_a_, *forward_b_;
   double* best_;
-  int* support_;
-  int* state_;
-  int size_ = 0;
   bool refined_ = false;
   bool has_zero_row_ = false;
   double mean_square_ = 0.0;          // ||g0||^2, as the lengths below in units of scale_ * G
