@@ -100,6 +100,8 @@ class MGDA(Method):
         Raises:
             TypeError, ValueError: losses missing or of the wrong shape where normalize needs them.
         """
+        if self.solver_call(gram.device) is not None:
+            return super().solve(gram, losses=losses, active=active)
         check_gram("MGDA", gram)
         check_active("MGDA", gram, active)
         if self.zero_rows == "skip":
