@@ -253,6 +253,12 @@ def test_what_is_trained_with(spec: str, method: str, transform: str, name: str 
         ("mgda:transform=nothing", "unknown combination of losses 'nothing'"),
         ("fixedweights", "FixedWeights needs weights"),
         ("logsum:x=1", "LogSum has no option 'x'"),
+        ("dcgd", "--methods dcgd: DCGD combines two tasks, found K = 3"),
+        ("normalized:method=dcgd", "DCGD combines two tasks, found K = 3"),
+        ("constant:weights=[1,2]", "Constant has 2 weights for 3 tasks"),
+        ("constant:weights={'top-left':1}", "none for task 'bottom-right'"),
+        ("graddrop:leak=[1,0]", "GradDrop has 2 leaks for 3 tasks"),
+        ("trimmedmean:trim=2", "needs at least 2 trim"),
         ("nomethod", "--methods nomethod: unknown method"),
     ],
 )

@@ -31,14 +31,16 @@ def build(spec: str, seed: int) -> Recipe:
     of its value.
 
     Raises:
-        ValueError: an unknown name, or options that the method does not take.
+        ValueError: an unknown name, options that the method does not take, or a method that is not for three tasks.
     """
     try:
         name, options = _parsed(spec)
         if loss_class(name) is not None:
             return Recipe(Sum(), _transform(spec))
         front = options.pop("transform", None)
-        return Recipe(_method(name, options, seed), None if front is None else _transform(front))
+        method = _method(name, options, seed)
+        method.bound_to(tuple(TASKS)).check_tasks(len(TASKS))
+        return Recipe(method, None if front is None else _transform(front))
     except (TypeError, ValueError) as error:
         raise ValueError(f"--methods {spec}: {error}") from error
 

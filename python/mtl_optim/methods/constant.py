@@ -104,6 +104,18 @@ class Constant(Method):
             self._bound[tasks] = Constant([by_name[task] for task in tasks])
         return self._bound[tasks]
 
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError unless the weights are those of K tasks, in their order."""
+        if isinstance(self.weights_per_task, dict):
+            raise ValueError(
+                f"Constant was given weights by the names {list(self.weights_per_task)}, which a Gram matrix does not "
+                "tell; call .bound_to(tasks) with the names of its rows first"
+            )
+        if num_tasks != len(self.weights_per_task):
+            raise ValueError(
+                f"Constant has {len(self.weights_per_task)} weights for {num_tasks} tasks; pass one weight per task"
+            )
+
     def solve(self, gram: Tensor, *, losses: Tensor | None = None, active: Tensor | None = None) -> Solution:
         """The given weights for every problem; see `Method.solve`.
 
@@ -111,16 +123,7 @@ class Constant(Method):
             ValueError: the number of weights is not K, or they go by names.
         """
         check_gram("Constant", gram)
-        if isinstance(self.weights_per_task, dict):
-            raise ValueError(
-                f"Constant was given weights by the names {list(self.weights_per_task)}, which a Gram matrix does not "
-                "tell; call .bound_to(tasks) with the names of its rows first"
-            )
-        if gram.shape[-1] != len(self.weights_per_task):
-            raise ValueError(
-                f"Constant has {len(self.weights_per_task)} weights for {gram.shape[-1]} tasks; pass one "
-                "weight per task"
-            )
+        self.check_tasks(gram.shape[-1])
         # Copied to a device once: a copy at every step would make the host wait.
         cache = self._on_device
         if gram.device not in cache:

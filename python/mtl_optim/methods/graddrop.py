@@ -82,6 +82,16 @@ class GradDrop(RowMethod):
             object.__setattr__(bound, "state", self.state)
         return self._bound[tasks]
 
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError unless the leaks are those of K tasks, in their order, or one for all."""
+        if isinstance(self.leak, dict):
+            raise ValueError(
+                f"GradDrop was given leaks by the names {list(self.leak)}, which rows do not tell; call "
+                ".bound_to(tasks) with the names of the rows first"
+            )
+        if isinstance(self.leak, tuple) and len(self.leak) != num_tasks:
+            raise ValueError(f"GradDrop has {len(self.leak)} leaks for {num_tasks} tasks; pass one per task")
+
     def combine_rows(self, problem: Problem) -> Combination:
         """No element of one sign and the other.
 
@@ -96,16 +106,10 @@ class GradDrop(RowMethod):
         return Combination(combined, problem.gram, None, None)
 
     def _leak(self, rows: RowTable) -> Tensor | None:
-        leak, num_tasks, cache = self.leak, rows.num_tasks, self._on_device
-        if isinstance(leak, dict):
-            raise ValueError(
-                f"GradDrop was given leaks by the names {list(leak)}, which rows do not tell; call .bound_to(tasks) "
-                "with the names of the rows first"
-            )
+        self.check_tasks(rows.num_tasks)
+        leak, cache = self.leak, self._on_device
         if isinstance(leak, (int, float)):
-            return torch.full((num_tasks,), leak, dtype=torch.float64, device=rows.device) if leak else None
-        if len(leak) != num_tasks:
-            raise ValueError(f"GradDrop has {len(leak)} leaks for {num_tasks} tasks; pass one per task")
+            return torch.full((rows.num_tasks,), leak, dtype=torch.float64, device=rows.device) if leak else None
         if rows.device not in cache:
             refuse_capture("the leaks of GradDrop would be copied to the device")
             cache[rows.device] = torch.tensor(leak, dtype=torch.float64, device=rows.device)

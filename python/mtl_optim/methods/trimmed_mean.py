@@ -55,7 +55,7 @@ class TrimmedMean(RowMethod):
         rows, out = problem.rows, problem.out
         parts = _by_tasks(rows, [0] * rows.num_params if problem.groups is None else problem.groups)
         for tasks in parts:
-            self._check_number(len(tasks))
+            self.check_tasks(len(tasks))
         everyone = tuple(range(rows.num_tasks))
         if parts.keys() <= {everyone}:
             return Combination(mtl_kernels.trimmed_mean(rows, self.trim, out=out), problem.gram, None, None)
@@ -67,7 +67,8 @@ class TrimmedMean(RowMethod):
                 combined[p] = found
         return Combination(combined, problem.gram, None, None)
 
-    def _check_number(self, num_tasks: int) -> None:
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError for fewer than 2 trim + 1 tasks."""
         least = 2 * self.trim + 1
         if num_tasks < least:
             raise ValueError(

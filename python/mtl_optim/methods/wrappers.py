@@ -54,6 +54,10 @@ class Wrapper(Method):
                 "is given their Gram matrix; use it by itself"
             )
 
+    def check_tasks(self, num_tasks: int) -> None:
+        """Raise ValueError where the wrapped method is not for K tasks."""
+        self.method.check_tasks(num_tasks)
+
     @property
     def refresh_every(self) -> int:
         """That of the wrapped method."""
