@@ -141,6 +141,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         accumulate: bool = False,
         retain_graph: bool = False,
         batch: int = 0,
+        features: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         """One backward pass per loss, then one combination into ``.grad``.
 
@@ -155,16 +156,27 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 reads a ``.grad`` asks for it, which needs every batch of every task. What is not combined
                 (single-task parameters, param groups with ``mtl=False``, tensors outside the optimizer) has the
                 gradients of the last batch alone, whose Gram matrix is in the report.
+            features: what the heads of all tasks were called with, one tensor or several of this forward pass. Rows are
+                then the gradients at these tensors (and for shared parameters that a loss reaches without them), and
+                what they combine to takes one pass through what is behind: K passes through heads and one through the
+                trunk. No memory of K rows over the trunk, and any method goes. It is another problem than that over the
+                parameters: for `MGDA` its minimum bounds that one from above, up to a factor of the trunk's Jacobian
+                (MGDA-UB, Sener & Koltun 2018, arXiv 1810.04650, section 3.3). Parameters behind with ``mtl=False`` and
+                tensors outside the optimizer have the plain sum. Not for methods that keep numbers for every element
+                (`MoCo`, `DBMTL`, `ExcessMTL`) or take several batches, nor with ``accumulate``, ``refresh_every`` > 1,
+                another granularity than "model" or capture than "harvest".
 
         Raises:
             TypeError, ValueError: losses that are not scalars requiring grad, given twice, of unknown tasks,
-                or that reach no parameter of the optimizer; a batch that the method does not take.
+                or that reach no parameter of the optimizer; a batch that the method does not take; features that are no
+                tensors in the graph of the losses, that are computed from one another, or that a loss goes past to a
+                parameter behind them.
             RuntimeError: inside a `task` block, in a distributed run, a task captured twice, or an error of
                 autograd. Whatever is raised, gradients and captured rows are as they were; the one exception
                 is an error in the middle of adding to rows in place (``accumulate``): those are dropped,
                 with a warning.
         """
-        self._training.backward(losses, accumulate, retain_graph, batch)
+        self._training.backward(losses, accumulate, retain_graph, batch, features)
 
     def task(self, name: str, *, accumulate: bool = False, batch: int = 0) -> TaskBlock:
         """A ``with`` block whose ``.backward()`` calls become one task's row; `step` or `combine` combines.

@@ -10,6 +10,14 @@ from torch.autograd.function import BackwardCFunction
 
 _COMPILED = "CompiledFunctionBackward"
 
+Edge = tuple[Any, int]
+"""Where a tensor comes from: a node, and which of its outputs it is."""
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """That of a tensor with a graph."""
+    return tensor.grad_fn, tensor.output_nr
+
 
 def reached_leaves(losses: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
     """The leaves that the autograd graphs of some losses end in, and whether the graphs may hide others.
@@ -17,14 +25,25 @@ def reached_leaves(losses: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
     Custom Python functions (reentrant checkpointing is one) can run a backward pass of their own, which the
     graph does not show. Those of torch.compile do not: every parameter is an input of theirs.
     """
-    leaves = {id(loss): loss for loss in losses if loss.grad_fn is None}
+    leaves = [loss for loss in losses if loss.grad_fn is None]
+    found, _, hides = leaves_above([edge_of(loss) for loss in losses], frozenset())
+    return list({id(leaf): leaf for leaf in (*leaves, *found)}.values()), hides
+
+
+def leaves_above(edges: Iterable[Edge], cuts: frozenset[Edge]) -> tuple[list[Tensor], set[Edge], bool]:
+    """The leaves that some edges lead to without passing a cut, the cuts met, and whether others may be hidden."""
+    leaves: dict[int, Tensor] = {}
+    met: set[Edge] = set()
     hides = False
-    for node, _ in _edges(losses):
+    for node, output in _edges(edges, cuts):
+        if (node, output) in cuts:
+            met.add((node, output))
+            continue
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves[id(variable)] = variable
         hides = hides or (isinstance(node, BackwardCFunction) and type(node).__name__ != _COMPILED)
-    return list(leaves.values()), hides
+    return list(leaves.values()), met, hides
 
 
 def split_compiled_graph(losses: Iterable[Tensor]) -> bool:
@@ -36,7 +55,7 @@ def split_compiled_graph(losses: Iterable[Tensor]) -> bool:
     outputs_of: dict[Any, set[int]] = {}
     for loss in losses:
         used: dict[Any, set[int]] = {}
-        for node, output in _edges([loss]):
+        for node, output in _edges([edge_of(loss)]):
             if type(node).__name__ == _COMPILED:
                 used.setdefault(node, set()).add(output)
         if any(outputs_of.setdefault(node, outputs) != outputs for node, outputs in used.items()):
@@ -44,15 +63,15 @@ def split_compiled_graph(losses: Iterable[Tensor]) -> bool:
     return False
 
 
-def _edges(losses: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
-    """The edges of some graphs, each as the node it leads to and the number of that node's output."""
-    stack: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr) for loss in losses]
+def _edges(edges: Iterable[Edge], cuts: frozenset[Edge] = frozenset()) -> Iterator[Edge]:
+    """The edges of some graphs, from where they begin; none behind a cut."""
+    stack = list(edges)
     seen = set()
     while stack:
         node, output = stack.pop()
         if node is None:
             continue
         yield node, output
-        if node not in seen:
+        if node not in seen and (node, output) not in cuts:
             seen.add(node)
             stack.extend(node.next_functions)

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run_backward(run: Callable[[], Any]) -> None:
-    """Runs a backward pass; errors of autograd that have a remedy here are raised again with it.
+def run_backward(run: Callable[[], Any]) -> Any:
+    """Runs a backward pass and returns what it does; errors of autograd with a remedy here are raised again with it.
 
     Raises:
         RuntimeError: what autograd raised.
     """
     try:
-        run()
+        return run()
     except RuntimeError as error:
         if (hint := autograd_hint(error)) is not None:
             raise RuntimeError(hint) from error

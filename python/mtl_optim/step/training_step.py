@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..capture import CAPTURES
-from ..capture.grads import Isolation, Row, RowKey, add_grads
+from ..capture.grads import Isolation, Row, RowKey, add_grads, take_grads
 from ..capture.passes import run_backward
 from ..cuda_graphs import refuse_capture
 from ..distributed.local import check_single_rank
@@ -21,6 +21,7 @@ from .advice import Advice
 from .batches import Batches
 from .block import TaskBlock
 from .combination import Combined, Combiner
+from .features import Features
 from .lazy import held, hold, stand_aside
 from .losses import check_loss_value, is_stacked, named_losses, stack_losses
 from .names import with_new
@@ -73,7 +74,9 @@ class TrainingStep:
         self._open: OpenBlock | None = None
         _ALIVE.add(self)
 
-    def backward(self, losses: object, accumulate: bool, retain_graph: bool, batch: int = 0) -> None:
+    def backward(
+        self, losses: object, accumulate: bool, retain_graph: bool, batch: int = 0, features: object = None
+    ) -> None:
         """See `MultiTaskOptimizer.backward`."""
         self.check_idle("backward()")
         self.batches.check(batch)
@@ -98,7 +101,9 @@ class TrainingStep:
             )
         self._surroundings.look(named, parameters, self._keeps, _combined_elsewhere(self))
         self._advice.findings(self._surroundings.findings)
-        if accumulate or not self._run_weighted(named, parameters, retain_graph):
+        if features is not None:
+            self._run_through(features, named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping))
+        elif accumulate or not self._run_weighted(named, parameters, retain_graph):
             self._run_each(named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping), batch)
 
     def _run_each(
@@ -129,7 +134,10 @@ class TrainingStep:
                 rows[key] = pending.take(key, parameters, previous, outside)
             values = self._losses_with(named, batch) if self.options.method.needs_losses else {}
             more = accumulate or batches.number > 1
-            combined = None if more else self._combined(tasks, rows, values, parameters, names_given)
+            combined = None
+            if not more:
+                self._check_rows(rows, managed)
+                combined = self._combined(tasks, rows, values, parameters, names_given)
         except BaseException:
             isolation.undo()
             pending.after_failure(versions)
@@ -141,6 +149,45 @@ class TrainingStep:
             pending.accumulating = batches.number == 1
         else:
             self._hand_over(combined, batches.tasks(rows), managed)
+
+    def _run_through(
+        self,
+        features: object,
+        named: dict[str, Tensor],
+        tasks: tuple[str, ...],
+        parameters: Parameters,
+        accumulate: bool,
+        retain_graph: bool,
+        names_given: bool,
+    ) -> None:
+        """One pass a loss down to the features, each a row; and one from there with what the rows combine to."""
+        pending = self.pending
+        if accumulate or pending.rows:
+            raise RuntimeError(
+                "features= combines the losses of one call: without accumulate=True, and after combine() where rows "
+                "were captured; sum micro-batches up by calling backward() for each of them"
+            )
+        through = Features.of(features, named, parameters, self.options, self._keeps)
+        whole = through.in_front(parameters)
+        isolation = Isolation(parameters.managed, parameters.others)
+        rows: dict[RowKey, Row] = {}
+        try:
+            for k, (name, loss) in enumerate(named.items()):
+                rows[name] = through.row(name, loss, whole, retain_graph or k < len(named) - 1)
+            sums = through.sums(list(rows.values()))
+            values = self._losses_with(named, 0) if self.options.method.needs_losses else {}
+            combined = self._combined(tasks, rows, values, whole, names_given)
+            through.run_behind(combined.grads, sums, retain_graph)
+            behind = take_grads(parameters.managed)
+        except BaseException:
+            isolation.undo()
+            raise
+        isolation.finish()
+        self.progress.tasks = tasks
+        beside, owner = ([*of][len(through.tensors) :] for of in (combined.grads, combined.owner))
+        grads = [a if b is None else b for a, b in zip(beside, behind, strict=True)]
+        combined = dataclasses.replace(combined, grads=grads, owner=owner)
+        self._hand_over(combined, list(named), parameters.managed)
 
     def _run_weighted(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
@@ -262,6 +309,7 @@ class TrainingStep:
                 return
             raise RuntimeError("there is nothing to combine; capture tasks with opt.task(name) or backward() first")
         pending = self.pending
+        self._check_rows(pending.rows, parameters.managed)
         combined = self._combined(self.progress.tasks, pending.rows, pending.losses, parameters, True)
         self._hand_over(combined, self.batches.tasks(pending.rows), parameters.managed)
 
@@ -335,6 +383,11 @@ class TrainingStep:
             )
         self.progress.read_early = False
 
+    def _check_rows(self, rows: Mapping[RowKey, Row], managed: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if some are not what was captured; look for parameters that tasks share in parts."""
+        self.pending.check_rows(rows)
+        self._advice.packed(self.batches.split(rows)[-1], managed)
+
     def _combined(
         self,
         tasks: tuple[str, ...],
@@ -343,12 +396,10 @@ class TrainingStep:
         parameters: Parameters,
         names_given: bool,
     ) -> Combined:
-        self.pending.check_rows(rows)
         batches = self.batches.split(rows)
         last = batches[-1]
         if len(last) == 1:
             self._advice.lone_task(next(iter(last)), tasks, names_given)
-        self._advice.packed(last, parameters.managed)
         method = self.options.method
         absent: Row = [None] * len(parameters.managed)
         values = None
