@@ -9,6 +9,7 @@ from .catalog import LossInfo, MethodInfo, get_loss, get_method, list_losses, li
 from .methods import *  # noqa: F403
 from .monitor.report import Report
 from .optimizer import MultiTaskOptimizer
+from .step.partial import gram_groups
 
 __all__ = [
     "LossInfo",
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "get_loss",
     "get_method",
+    "gram_groups",
     "list_losses",
     "list_methods",
     "losses",

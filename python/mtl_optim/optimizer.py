@@ -17,6 +17,7 @@ from .monitor.report import Report
 from .options import Options, check_param_groups, check_saved, wrapped_optimizers
 from .step.block import TaskBlock
 from .step.names import check_task_name, fixed_tasks
+from .step.partial import check_partial
 from .step.progress import Progress
 from .step.refresh import Reusable
 from .step.training_step import TrainingStep
@@ -42,6 +43,14 @@ class MultiTaskOptimizer(OptimizerWrapper):
     is shared: its gradients are combined. One that a single task reaches keeps that gradient (see
     ``head_scaling``), one that none reaches keeps its ``.grad``. As everywhere in PyTorch, the result is added to a
     ``.grad`` that is already there.
+
+    Parameters of param groups with ``gram=False`` receive the weighted sum too, but do not count in the Gram matrix that
+    the weights come from. The passes of `backward` then end at the parameters that do count, and one weighted pass
+    serves all others: leaving out the early layers saves most of K passes and of K rows (`gram_groups` makes groups).
+    What is combined is the exact weighted sum, with weights that are those of the last layers. A parameter of such
+    a group that a single task reaches has that task's weight. Every gradient is captured in full in `task` blocks,
+    with ``accumulate=True``, ``capture="arena"``, 16-bit losses and reentrant checkpointing, with the same result.
+    With several problems (``granularity``), the weight is the mean over those in which the task takes part.
 
     A list of losses names its tasks "0", "1", ...; a dict names them itself. Tasks keep the order in which
     they were first seen. A known task that is absent from a step takes no part in it.
@@ -107,6 +116,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         optimizers = wrapped_optimizers(optimizer)
         if any(isinstance(one, MultiTaskOptimizer) for one in optimizers):
             raise TypeError("MultiTaskOptimizer: the optimizer is already one; wrap its .optimizer")
+        check_partial((group for one in optimizers for group in one.param_groups), method)
         super().__init__(optimizers)
         self._start(Progress(names or ()), set())
 
@@ -273,6 +283,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             param_group["params"] = list(param_group["params"])
         if isinstance(param_group, dict) and "params" in param_group:
             check_param_groups([param_group])
+            check_partial([param_group], self.method)
         self.optimizers[0].add_param_group(param_group)
         self._training.progress.reusable = None
 

@@ -69,13 +69,22 @@ class Combiner:
         shared = self._shared(tasks, reached_by, parameters.managed) if method.weighs_alone else None
         if shared is None:
             shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
-        together = set(shared)
+        rest = [p for p, inside in enumerate(parameters.in_gram) if not inside and reached_by[p]]
+        shared = [p for p in shared if parameters.in_gram[p]]
+        together = {*shared, *rest}
         owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
         if method.needs_heads and shared:
             method = method.with_heads(self._head_norms(tasks, rows, owner, parameters.managed))
         grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
         if not shared:
-            return Combined(grads, owner, self._nothing_shared(tasks, rows))
+            report = self._nothing_shared(tasks, rows)
+            if parameters.partial and int(report.mask.sum()) > 1:
+                raise ValueError(
+                    "no parameter that several tasks reach is in the Gram matrix: their param groups have gram=False; "
+                    "leave some of the shared layers in, such as the last ones"
+                )
+            _weigh_rest(grads, rows, rest, report)
+            return Combined(grads, owner, report)
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
         batches = (*earlier, rows)
@@ -95,10 +104,11 @@ class Combiner:
         )
         for p, grad in zip(shared, found.combined, strict=True):
             grads[p] = torch.view_as_complex(grad) if parameters.managed[p].is_complex() else grad
+        report = Report(tasks, found.gram, found.weights, active, found.certificate, problems)
         if options.head_scaling == "weights" and found.weights is not None:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
-            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, active)
-        report = Report(tasks, found.gram, found.weights, active, found.certificate, problems)
+            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, report)
+        _weigh_rest(grads, rows, rest, report)
         return Combined(grads, owner, report)
 
     def _shared(
@@ -181,17 +191,35 @@ def _pattern(
     return tuple(map(tuple, pattern))
 
 
+def mean_weights(report: Report) -> Tensor:
+    """A task's weight, the mean over the problems in which it takes part, float64 ``[K]``; 1 where there are none."""
+    weights = report.mask.double() if report.weights is None else report.weights
+    weights, active = weights.reshape(-1, weights.shape[-1]), report.mask.reshape(-1, weights.shape[-1])
+    count = active.sum(0)
+    return torch.where(count > 0, torch.where(active, weights, 0.0).sum(0) / count.clamp(min=1), 1.0)
+
+
+def _weigh_rest(grads: Row, rows: Sequence[Row], rest: Sequence[int], report: Report) -> None:
+    """Combines what is not in the Gram matrix, of rows that were captured whole."""
+    if not rest:
+        return
+    table = RowTable([[as_real(row[p]) for p in rest] for row in rows], captured=True)
+    found = mtl_kernels.combine(table, mean_weights(report), out=table.like)
+    for p, grad in zip(rest, found, strict=True):
+        is_complex = any(one is not None and one.is_complex() for one in (row[p] for row in rows))
+        grads[p] = torch.view_as_complex(grad) if is_complex else grad
+
+
 def _scale_heads(
-    grads: Row, owner: Sequence[int | None], problem_of: Sequence[int | None], weights: Tensor, active: Tensor
+    grads: Row, owner: Sequence[int | None], problem_of: Sequence[int | None], weights: Tensor, report: Report
 ) -> None:
     """Multiplies every single-task gradient by a weight of its task.
 
     That is the weight in the problem the parameter belongs to, if the task takes part there; else the mean
     of the task's weights over the problems in which it does; else 1.
     """
-    weights, active = weights.reshape(-1, weights.shape[-1]), active.reshape(-1, weights.shape[-1])
-    count = active.sum(0)
-    mean = torch.where(count > 0, torch.where(active, weights, 0.0).sum(0) / count.clamp(min=1), 1.0)
+    mean = mean_weights(report)
+    weights, active = weights.reshape(-1, weights.shape[-1]), report.mask.reshape(-1, weights.shape[-1])
     own = torch.where(active, weights, mean)
     for p, k in enumerate(owner):
         grad, problem = grads[p], problem_of[p]

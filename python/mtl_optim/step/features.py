@@ -46,6 +46,11 @@ class Features:
                 an option that goes with rows over parameters only.
         """
         _check_options(options)
+        if parameters.partial:
+            raise ValueError(
+                "features= with a param group of gram=False: what is behind the features is not in the Gram matrix "
+                "anyway; leave gram=False out"
+            )
         tensors = _check_tensors(features)
         edges = [edge_of(tensor) for tensor in tensors]
         beside, met, _ = leaves_above([edge_of(loss) for loss in named.values()], frozenset(edges))
@@ -86,6 +91,7 @@ class Features:
             managed=[*self.tensors, *parameters.managed],
             group_of=[*[0] * count, *parameters.group_of],
             places=[*range(-count, 0), *parameters.places],
+            in_gram=[*[True] * count, *parameters.in_gram],
         )
 
     def row(self, name: str, loss: Tensor, parameters: Parameters, retain_graph: bool) -> Row:

@@ -15,12 +15,19 @@ class Parameters(NamedTuple):
         managed: those whose gradients are combined. group_of: the param group of each of them.
         places: the place of each of them among all parameters of the optimizer, which freezing one does not change.
         others: those of groups with mtl=False.
+        in_gram: whether each managed one counts in the Gram matrix, by the ``gram`` of its group.
     """
 
     managed: list[Tensor]
     group_of: list[int]
     places: list[int]
     others: list[Tensor]
+    in_gram: list[bool]
+
+    @property
+    def partial(self) -> bool:
+        """Whether some do not count."""
+        return not all(self.in_gram)
 
 
 def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
@@ -29,7 +36,7 @@ def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
     Raises:
         ValueError: none requires grad, or the managed ones are on several devices.
     """
-    found = Parameters([], [], [], [])
+    found = Parameters([], [], [], [], [])
     begin = 0
     for g, group in enumerate(groups):
         # By identity: a tied weight that a group lists twice has one gradient.
@@ -40,6 +47,7 @@ def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:
             found.managed.extend(wanted)
             found.group_of.extend([g] * len(wanted))
             found.places.extend(n for n, _ in place.values())
+            found.in_gram.extend([group.get("gram", True)] * len(wanted))
         else:
             found.others.extend(wanted)
     if not found.managed and not found.others:

@@ -94,11 +94,26 @@ class Pending:
         """Sets ``.grad`` for a pass of the task, on top of its row so far."""
         self._capture.open(key, params, previous)
 
-    def take(self, key: RowKey, parameters: Parameters, previous: Row | None, outside: Sequence[Tensor]) -> Row:
-        """The row now in ``.grad``; see `Capture.take`. Raise ValueError if nothing at all was reached."""
+    def take(
+        self,
+        key: RowKey,
+        parameters: Parameters,
+        previous: Row | None,
+        outside: Sequence[Tensor],
+        any_will_do: bool = False,
+    ) -> Row:
+        """The row now in ``.grad``; see `Capture.take`.
+
+        Raises:
+            ValueError: nothing at all was reached, unless ``any_will_do``.
+        """
         others = [*parameters.others, *outside]
         row = self._capture.take(parameters.managed, previous, others)
-        if all(grad is None for grad in row) and all(param.grad is None for param in parameters.others):
+        if (
+            not any_will_do
+            and all(grad is None for grad in row)
+            and all(param.grad is None for param in parameters.others)
+        ):
             raise reaches_nothing(key)
         return row
 

@@ -20,12 +20,13 @@ from ..options import Options
 from .advice import Advice
 from .batches import Batches
 from .block import TaskBlock
-from .combination import Combined, Combiner
+from .combination import Combined, Combiner, mean_weights
 from .features import Features
 from .lazy import held, hold, stand_aside
 from .losses import check_loss_value, is_stacked, named_losses, stack_losses
 from .names import with_new
 from .parameters import Parameters, select_parameters
+from .partial import Partial
 from .pending import Pending
 from .progress import Progress
 from .refresh import Reusable
@@ -103,7 +104,12 @@ class TrainingStep:
         self._advice.findings(self._surroundings.findings)
         if features is not None:
             self._run_through(features, named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping))
-        elif accumulate or not self._run_weighted(named, parameters, retain_graph):
+        elif not accumulate and (
+            self._run_weighted(named, parameters, retain_graph)
+            or self._run_partial(named, tasks, parameters, retain_graph, isinstance(losses, Mapping))
+        ):
+            return
+        else:
             self._run_each(named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping), batch)
 
     def _run_each(
@@ -228,6 +234,64 @@ class TrainingStep:
         progress.reusable = last.older(managed)
         progress.report = None if progress.report is None else progress.report.aged()
         progress.has_gradient = True
+        return True
+
+    def _run_partial(
+        self,
+        named: dict[str, Tensor],
+        tasks: tuple[str, ...],
+        parameters: Parameters,
+        retain_graph: bool,
+        names_given: bool,
+    ) -> bool:
+        """Passes over what is in the Gram matrix, and a weighted one for the rest; False where all is, or must be."""
+        managed, pending, losses = parameters.managed, self.pending, list(named.values())
+        if not parameters.partial or pending.rows or self.options.capture != "harvest":
+            return False
+        if any(loss.dtype.itemsize < 4 for loss in losses):
+            self._advice.once(
+                "coarse",
+                "losses in 16 bits would round the weights, so that gram=False saves nothing here; compute them in "
+                "float32, from outputs.float()",
+            )
+            return False
+        partial = Partial.of(losses, parameters, self._keeps)
+        if partial is None:
+            self._advice.once(
+                "hidden",
+                "the graph of the losses hides parameters (reentrant checkpointing?), so that gram=False saves nothing "
+                "here; call checkpoint(..., use_reentrant=False)",
+            )
+            return False
+        last = len(named) - 1 if not (partial.rest or partial.plain) else len(named)
+        inside = partial.rows
+        pending.prepare(list(tasks), inside.managed)
+        isolation = Isolation(managed, parameters.others)
+        rows: dict[RowKey, Row] = {}
+        try:
+            for k, (name, loss) in enumerate(named.items()):
+                pending.open(name, inside.managed, None)
+                keep = retain_graph or k < last
+                run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inside.managed))
+                rows[name] = pending.take(name, inside, None, [], any_will_do=True)
+            values = self._losses_with(named, 0) if self.options.method.needs_losses else {}
+            self._check_rows(rows, inside.managed)
+            whole = {name: partial.whole(row, parameters) for name, row in rows.items()}
+            combined = self._combined(tasks, whole, values, parameters, names_given)
+            report = combined.report
+            weights = mean_weights(report)
+            passes = partial.passes(losses, [weights[report.tasks.index(name)] for name in named])
+            for k, one_pass in enumerate(passes):
+                run_backward(functools.partial(one_pass, retain_graph=retain_graph or k < len(passes) - 1))
+            rest = take_grads(managed)
+        except BaseException:
+            isolation.undo()
+            pending.after_failure({})
+            raise
+        isolation.finish()
+        self.progress.tasks = tasks
+        grads = [a if b is None else b for a, b in zip(combined.grads, rest, strict=True)]
+        self._hand_over(dataclasses.replace(combined, grads=grads), list(named), managed)
         return True
 
     def open_block(self, block: TaskBlock) -> None:
