@@ -14,7 +14,7 @@ from mtl_optim import MGDA, Method, PCGrad
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import checks, kernels, peers, plots, provenance, results, steps
+from benchmarks import checks, kernels, peers, plots, provenance, results, shortcuts, steps
 from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
 from benchmarks.results import OURS, Row, cells, compare, judge
 from benchmarks.timing import Effort, measure, summarize
@@ -230,6 +230,16 @@ def run_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps.timing, "QUICK", BRIEF)
+
+
+def test_shortcuts(tmp_path: Path, capsys: pytest.CaptureFixture[str], brief: None) -> None:
+    assert shortcuts.main(["--tasks", "3", "--quick", "--output", str(tmp_path), "--machine", "here"]) == 0
+    found = {row["way"]: row for row in csv.DictReader((tmp_path / "here-shortcuts.csv").open())}
+    assert float(found["K backwards"]["ratio_to_K_backwards"]) == 1 and float(found["all rows"]["cosine"]) == 0
+    assert all(float(row["median_ms"]) > 0 for row in found.values()) and len(found) == 7
+    assert 0 < float(found["gram=False: first convolution"]["cosine"]) < float(found["features"]["cosine"]) < 2
+    with pytest.raises(SystemExit):
+        shortcuts.main(["--tasks", "1"])
 
 
 def test_wrong_gradients_fail_the_steps(

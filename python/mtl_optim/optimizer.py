@@ -44,8 +44,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
     ``head_scaling``), one that none reaches keeps its ``.grad``. As everywhere in PyTorch, the result is added to a
     ``.grad`` that is already there.
 
-    Parameters of param groups with ``gram=False`` receive the weighted sum too, but do not count in the Gram matrix that
-    the weights come from. The passes of `backward` then end at the parameters that do count, and one weighted pass
+    Parameters of param groups with ``gram=False`` receive the weighted sum too, but do not count in the Gram matrix
+    that the weights come from. The passes of `backward` then end at the parameters that do count, and one weighted pass
     serves all others: leaving out the early layers saves most of K passes and of K rows (`gram_groups` makes groups).
     What is combined is the exact weighted sum, with weights that are those of the last layers. A parameter of such
     a group that a single task reaches has that task's weight. Every gradient is captured in full in `task` blocks,
