@@ -83,6 +83,9 @@ class MultiTaskOptimizer(OptimizerWrapper):
             ``.grad``, as ``backward()`` does; "keep" leaves it as it is. In `task` blocks, whose backward passes are
             not this optimizer's, "keep" covers what earlier calls of `backward` reached and what other
             MultiTaskOptimizers combine.
+        share_every: with param groups of ``gram=False``, at every n-th step that computes weights whole rows are
+            taken, and the Gram matrix is compared with that over all shared parameters: `Report.gram_share`, and
+            a line in its summary. ``None`` takes no such steps.
         transform: what the losses of `backward` go through before their passes, so that the method combines the
             gradients of what comes out: an instance of `mtl_optim.losses` that is a sum of one term per task (LogSum(),
             UncertaintyWeighting(K)...), or any function from losses to as many losses, a list or dict as they were
@@ -108,15 +111,24 @@ class MultiTaskOptimizer(OptimizerWrapper):
         capture: str = "harvest",
         refresh_every: int | None = None,
         outside: str = "sum",
+        share_every: int | None = None,
         transform: Transform | None = None,
         tasks: Sequence[str] | None = None,
     ) -> None:
         names = fixed_tasks(tasks)
-        self.options = Options(method, head_scaling, granularity, capture, refresh_every, outside, transform, names)
+        self.options = Options(
+            method, head_scaling, granularity, capture, refresh_every, outside, share_every, transform, names
+        )
         optimizers = wrapped_optimizers(optimizer)
         if any(isinstance(one, MultiTaskOptimizer) for one in optimizers):
             raise TypeError("MultiTaskOptimizer: the optimizer is already one; wrap its .optimizer")
-        check_partial((group for one in optimizers for group in one.param_groups), method)
+        groups = [group for one in optimizers for group in one.param_groups]
+        check_partial(groups, method)
+        if share_every is not None and all(group.get("gram", True) for group in groups):
+            raise ValueError(
+                f"MultiTaskOptimizer: share_every={share_every} compares the Gram matrix with one that also has the "
+                "param groups of gram=False, and there are none; see gram_groups()"
+            )
         super().__init__(optimizers)
         self._start(Progress(names or ()), set())
 

@@ -36,6 +36,7 @@ class Options:
     capture: str = "harvest"
     refresh_every: int | None = None
     outside: str = "sum"
+    share_every: int | None = None
     transform: Callable[[Any], Any] | None = None
     fixed_tasks: tuple[str, ...] | None = None
 
@@ -55,6 +56,11 @@ class Options:
         check_choice(OWNER, "capture", self.capture, tuple(CAPTURES))
         check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
         _check_transform(self.transform)
+        if self.share_every is not None:
+            if isinstance(self.share_every, bool) or not isinstance(self.share_every, int):
+                raise TypeError(f"{OWNER}: expected share_every as an integer, found {self.share_every!r}")
+            if self.share_every < 1:
+                raise ValueError(f"{OWNER}: expected share_every >= 1, found {self.share_every}")
         every = self.every
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"{OWNER}: expected refresh_every as an integer, found {every!r}")

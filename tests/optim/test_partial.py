@@ -210,6 +210,51 @@ def test_absent_tasks_and_tasks_that_reach_the_first_layers_alone(model: Model, 
     torch.testing.assert_close(model.first.weight.grad, expected)
 
 
+@pytest.mark.parametrize("granularity", ["model", "group"])
+def test_the_share_of_the_gram_matrix(granularity: str, model: Model, batch: tuple[Tensor, Tensor]) -> None:
+    layers = (model.first, model.second, model.third)
+    rows = [
+        torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)])
+                for loss in model(*batch)
+            ]
+        )
+        for layer in layers
+    ]
+    part, whole = rows[2] @ rows[2].T, sum(r @ r.T for r in rows)
+    assert isinstance(whole, Tensor)
+
+    def cosines(gram: Tensor) -> Tensor:
+        return gram / gram.diagonal().sqrt().outer(gram.diagonal().sqrt())
+
+    expected, _ = by_hand(model, MGDA(), batch)
+    opt = optimizer(model, MGDA(), share_every=3, granularity=granularity)
+    passes = []
+    for step in range(7):
+        model.zero_grad()
+        losses = model(*batch)
+        model.count = 0
+        opt.backward(losses)
+        passes.append(model.count)
+        compare(model, expected)
+        share = None if opt.report is None else opt.report.gram_share
+        assert opt.report is not None and share is not None and share.age == step % 3
+        torch.testing.assert_close(share.trace, part.trace() / whole.trace())
+        torch.testing.assert_close(share.cosine_error, (cosines(part) - cosines(whole)).abs().max())
+        assert int(share.flips) == int(((part < 0) != (whole < 0)).sum()) // 2
+        assert f"{int(share.flips)} pair(s) of another sign, {step % 3} step(s) ago" in opt.report.summary()
+    assert passes == [TASKS, 1, 1, TASKS, 1, 1, TASKS]
+
+
+def test_share_every_is_checked(model: Model) -> None:
+    for value, error in ((0, ValueError), (1.5, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="expected share_every"):
+            optimizer(model, MGDA(), share_every=value)
+    with pytest.raises(ValueError, match=r"share_every=2 compares .* there are none"):
+        MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), MGDA(), share_every=2)
+
+
 def test_resuming_and_adding_up(model: Model, batch: tuple[Tensor, Tensor]) -> None:
     opt = optimizer(model, PCGrad(seed=1))
     opt.backward(model(*batch), retain_graph=True)

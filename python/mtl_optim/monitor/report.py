@@ -10,6 +10,36 @@ from torch import Tensor
 import mtl_kernels
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class GramShare:
+    """How a Gram matrix over some parameters compares with the one over all shared ones.
+
+    Attributes:
+        trace: of the squared norms of all rows, the share that lies in the parameters that count; float64 ``[]``.
+        cosine_error: the largest difference of a cosine between two active tasks; float64 ``[]``.
+        flips: how many pairs of active tasks conflict in one and not in the other; int64 ``[]``.
+        age: steps since it was taken.
+    """
+
+    trace: Tensor
+    cosine_error: Tensor
+    flips: Tensor
+    age: int = 0
+
+    @classmethod
+    def of(cls, partial: Tensor, rest: Tensor, active: Tensor) -> GramShare:
+        """From the Gram matrices over the parameters that count and over the others, ``[K, K]``, and bool ``[K]``."""
+        whole = partial + rest
+        pairs = (active.unsqueeze(-1) & active.unsqueeze(-2)).triu(diagonal=1)
+        error = (mtl_kernels.cosines(partial) - mtl_kernels.cosines(whole)).abs()
+        trace, traces = partial.diagonal().sum(), whole.diagonal().sum()
+        return cls(
+            torch.where(traces > 0, trace / traces, 1.0),
+            torch.where(pairs, error, 0.0).max(),
+            (pairs & ((partial < 0) != (whole < 0))).sum(),
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """The Gram matrix, the weights and the certificate of one step.
@@ -27,6 +57,7 @@ class Report:
         problems: the S param group indices, or indices of parameters (counting those combined, in the order
             of the optimizer); empty for ``granularity="model"``.
         age: steps since the weights were computed (above 0 only with ``refresh_every``).
+        gram_share: with ``share_every``, what the last comparison with a Gram matrix over all parameters gave.
     """
 
     tasks: tuple[str, ...]
@@ -36,6 +67,7 @@ class Report:
     certificate: Tensor | None = None
     problems: tuple[int, ...] = ()
     age: int = 0
+    gram_share: GramShare | None = None
 
     @property
     def active(self) -> Tensor:
@@ -92,6 +124,12 @@ class Report:
         if self.gap is not None and self.iterations is not None and self.gap.numel():
             worst, most = float(self.gap.max()), int(self.iterations.max())
             lines.append(f"duality gap {worst:.3g} after {most} iterations")
+        if (share := self.gram_share) is not None:
+            lines.append(
+                f"parameters in the Gram matrix: {100 * float(share.trace):.0f}% of its trace over all, cosines off by "
+                f"up to {float(share.cosine_error):.2g}, {int(share.flips)} pair(s) of another sign, {share.age} "
+                "step(s) ago"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -103,4 +141,13 @@ class Report:
 
     def aged(self) -> Report:
         """The same report one step later."""
-        return dataclasses.replace(self, age=self.age + 1)
+        return dataclasses.replace(self, age=self.age + 1).with_share_of(self)
+
+    def with_share_of(self, before: Report | None) -> Report:
+        """With what the report of the step before says of the Gram matrix over all parameters, a step older."""
+        share = None if before is None else before.gram_share
+        return (
+            self
+            if share is None
+            else dataclasses.replace(self, gram_share=dataclasses.replace(share, age=share.age + 1))
+        )

@@ -14,7 +14,7 @@ from mtl_kernels import RowTable
 
 from ..capture.grads import Row, as_real
 from ..cuda_graphs import capturing, refuse_capture
-from ..monitor.report import Report
+from ..monitor.report import GramShare, Report
 from ..options import Options
 from .parameters import Parameters
 from .transform import learned_parameters
@@ -54,6 +54,7 @@ class Combiner:
         parameters: Parameters,
         losses: Tensor | None,
         earlier: Sequence[Sequence[Row]] = (),
+        share: bool = False,
     ) -> Combined:
         """Combines K rows over P parameters, writing into the rows.
 
@@ -62,6 +63,7 @@ class Combiner:
             losses: ``[K]`` for methods that need them.
             earlier: rows of the step's other batches, for methods that take several; ``rows`` are those of the last,
                 which alone say what is shared.
+            share: whether to compare the Gram matrix with that over all parameters, where the rows hold them.
         """
         options, method = self._options, self._options.method.bound_to(tasks)
         group_of = parameters.group_of
@@ -108,6 +110,10 @@ class Combiner:
         if options.head_scaling == "weights" and found.weights is not None:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
             _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, report)
+        if share and (several := [p for p in rest if len(reached_by[p]) > 1]):
+            others = mtl_kernels.gram(RowTable([[as_real(row[p]) for p in several] for row in rows], captured=True))
+            partial, present = (found.gram, active) if active.dim() == 1 else (found.gram.sum(0), active.any(0))
+            report = dataclasses.replace(report, gram_share=GramShare.of(partial, others, present))
         _weigh_rest(grads, rows, rest, report)
         return Combined(grads, owner, report)
 

@@ -246,7 +246,7 @@ class TrainingStep:
     ) -> bool:
         """Passes over what is in the Gram matrix, and a weighted one for the rest; False where all is, or must be."""
         managed, pending, losses = parameters.managed, self.pending, list(named.values())
-        if not parameters.partial or pending.rows or self.options.capture != "harvest":
+        if not parameters.partial or pending.rows or self._share_is_due or self.options.capture != "harvest":
             return False
         if any(loss.dtype.itemsize < 4 for loss in losses):
             self._advice.once(
@@ -427,6 +427,14 @@ class TrainingStep:
         """Whether gradients outside the optimizer are left as they are."""
         return self.options.outside == "keep"
 
+    @property
+    def _share_is_due(self) -> bool:
+        """Whether this step compares its Gram matrix with that over all parameters."""
+        every, last = self.options.share_every, self.progress.report
+        if every is None:
+            return False
+        return last is None or last.gram_share is None or last.gram_share.age + 1 >= every
+
     def _losses_with(self, named: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
         """The loss values of the step's last batch, with those of ``named``."""
         return self.pending.losses_with(named if self.batches.is_last(batch) else {})
@@ -472,7 +480,7 @@ class TrainingStep:
             values = stack_losses(losses, tasks, device)
         *earlier, found = [[batch.get(name, absent) for name in tasks] for batch in batches]
         with torch.no_grad():
-            combined = self._combiner(tasks, found, parameters, values, earlier)
+            combined = self._combiner(tasks, found, parameters, values, earlier, self._share_is_due)
         tell_norms(self.options.transform, combined.report, list(last))
         if method.stops_at_zero_rows:
             self._advice.zero_rows(combined.report)
@@ -488,7 +496,8 @@ class TrainingStep:
                 one.settle(param.grad)
         self.pending.clear()
         progress = self.progress
-        progress.report = combined.report
+        report = combined.report
+        progress.report = report.with_share_of(progress.report) if report.gram_share is None else report
         progress.has_gradient = True
         progress.reusable = None
         if self.options.every > 1:
