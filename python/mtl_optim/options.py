@@ -57,15 +57,9 @@ class Options:
         check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
         _check_transform(self.transform)
         if self.share_every is not None:
-            if isinstance(self.share_every, bool) or not isinstance(self.share_every, int):
-                raise TypeError(f"{OWNER}: expected share_every as an integer, found {self.share_every!r}")
-            if self.share_every < 1:
-                raise ValueError(f"{OWNER}: expected share_every >= 1, found {self.share_every}")
+            _check_period("share_every", self.share_every)
         every = self.every
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"{OWNER}: expected refresh_every as an integer, found {every!r}")
-        if every < 1:
-            raise ValueError(f"{OWNER}: expected refresh_every >= 1, found {every}")
+        _check_period("refresh_every", every)
         if every > 1 and self.granularity != "model":
             raise ValueError(
                 f"{OWNER}: refresh_every={every} reuses one weight per loss, which granularity={self.granularity!r} "
@@ -130,6 +124,13 @@ def check_param_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         for param in [params] if isinstance(params, Tensor) else params:
             if mtl:
                 check_whole(param[1] if isinstance(param, tuple) else param)
+
+
+def _check_period(option: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{OWNER}: expected {option} as an integer, found {value!r}")
+    if value < 1:
+        raise ValueError(f"{OWNER}: expected {option} >= 1, found {value}")
 
 
 def _check_transform(transform: object) -> None:

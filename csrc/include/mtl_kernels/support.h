@@ -3,8 +3,6 @@
 // The support of an active-set method: the tasks whose variable may be positive, in the order in which they
 // entered, which is that of the factor; and a state of every task.
 
-#include <cstddef>
-
 #include "mtl_kernels/solver.h"
 
 namespace mtl {
@@ -16,9 +14,7 @@ class Support {
   // cycle.
   enum State : int { kInside = 1, kEntered = 2, kExcluded = 4 };
 
-  // Two vectors of int.
-  MTL_HD static constexpr std::size_t doubles(int num_tasks) { return static_cast<std::size_t>(num_tasks); }
-
+  // `memory` is for two vectors of int: as many doubles as there are tasks.
   MTL_HD Support(const Team& team, int num_tasks, double* memory)
       : team_(team),
         num_tasks_(num_tasks),

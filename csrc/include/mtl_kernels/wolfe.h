@@ -52,9 +52,7 @@ class Wolfe {
       a_[i] = inverse_norm_[i] * least_norm;
     }
     clear();
-    if (team_.rank() == 0) {
-      y_[shortest] = 1.0 / a_[shortest];
-    }
+    if (team_.rank() == 0) y_[shortest] = 1.0 / a_[shortest];
     support_.enter(shortest, Rows::kInside);
     append(0);
     return descend(0, cap);

@@ -1,9 +1,37 @@
-"""A backward pass, and what to do about errors of autograd."""
+"""Backward passes: weighted ones, and what to do about errors of autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
+
+Pass = Callable[..., None]
+"""A backward pass that takes ``retain_graph``."""
+
+
+def weighted_passes(
+    losses: Sequence[Tensor], weights: Sequence[Tensor], weighted: list[Tensor] | None, plain: list[Tensor]
+) -> list[Pass]:
+    """The passes that give some leaves (None: all) the weighted sum of the gradients, and others the plain sum.
+
+    The latter go no further down the graph than they must.
+    """
+    backward = functools.partial(torch.autograd.backward, losses)
+    passes: list[Pass] = [functools.partial(backward, inputs=plain)] if plain else []
+    if weighted is None or weighted:
+        scales = [w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, losses, strict=True)]
+        passes.append(functools.partial(backward, scales, inputs=weighted))
+    return passes
+
+
+def run_passes(passes: Sequence[Pass], retain_graph: bool) -> None:
+    """Runs them in turn, over one graph; see `run_backward`."""
+    for k, one in enumerate(passes):
+        run_backward(functools.partial(one, retain_graph=retain_graph or k < len(passes) - 1))
 
 
 def run_backward(run: Callable[[], Any]) -> Any:

@@ -146,8 +146,6 @@ class Report:
     def with_share_of(self, before: Report | None) -> Report:
         """With what the report of the step before says of the Gram matrix over all parameters, a step older."""
         share = None if before is None else before.gram_share
-        return (
-            self
-            if share is None
-            else dataclasses.replace(self, gram_share=dataclasses.replace(share, age=share.age + 1))
-        )
+        if share is None:
+            return self
+        return dataclasses.replace(self, gram_share=dataclasses.replace(share, age=share.age + 1))

@@ -139,10 +139,10 @@ class Features:
 
     def sums(self, rows: Sequence[Row]) -> Row:
         """The plain sum of the gradients at the features, where a leaf behind them receives it."""
-        found: Row = []
-        for n in range(len(self.tensors)):
-            there = [grad for row in rows if self.plain and (grad := row[n]) is not None]
-            found.append(torch.stack(there).sum(0) if there else None)
+        found: Row = [None] * len(self.tensors)
+        for n in range(len(self.tensors) if self.plain else 0):
+            there = [grad for row in rows if (grad := row[n]) is not None]
+            found[n] = functools.reduce(torch.add, there[1:], there[0].clone()) if there else None
         return found
 
     def run_behind(self, combined: Row, sums: Row, retain_graph: bool) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,17 +55,6 @@ class Partial:
         found: Row = [None] * len(parameters.managed)
         for p, grad in zip(self.places, row, strict=True):
             found[p] = grad
-        return found
-
-    def passes(self, losses: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Callable[..., None]]:
-        """The passes after those of the rows, as functions that take ``retain_graph``."""
-        scales = [w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, losses, strict=True)]
-        backward = functools.partial(torch.autograd.backward, losses)
-        found: list[Callable[..., None]] = []
-        if self.plain:
-            found.append(functools.partial(backward, inputs=self.plain))
-        if self.rest:
-            found.append(functools.partial(backward, scales, inputs=self.rest))
         return found
 
 

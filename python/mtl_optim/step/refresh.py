@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..capture.grads import same_tensors
 from ..capture.graph import reached_leaves
+from ..capture.passes import Pass, weighted_passes
 from .combination import Combined
 from .parameters import Parameters
 
@@ -81,7 +81,7 @@ class Reusable:
         parameters: Parameters,
         plain_heads: bool,
         keep_outside: bool,
-    ) -> list[Callable[..., None]] | None:
+    ) -> list[Pass] | None:
         """The backward passes that give every tensor what a step with these weights gives it.
 
         Shared parameters get the weighted sum. Single-task ones with ``plain_heads`` and leaves that are not
@@ -89,11 +89,9 @@ class Reusable:
         those outside the optimizer nothing with ``keep_outside``.
 
         Returns:
-            Functions that take ``retain_graph``; None if the graph hides parameters, so that a pass for some
-            of them may miss others.
+            None if the graph hides parameters, so that a pass for some of them may miss others.
         """
         losses = [named[name] for name in self.present]
-        scales = [self.weights[k].to(loss.device, loss.dtype).reshape(loss.shape) for k, loss in enumerate(losses)]
         weighted_ids = {
             id(p) for p, k in zip(parameters.managed, self.owner, strict=True) if k is None or not plain_heads
         }
@@ -105,11 +103,7 @@ class Reusable:
             leaves = [leaf for leaf in leaves if id(leaf) in inside]
         plain = [leaf for leaf in leaves if id(leaf) not in weighted_ids]
         weighted = [leaf for leaf in leaves if id(leaf) in weighted_ids]
-        backward = functools.partial(torch.autograd.backward, losses)
-        if not plain and not keep_outside:
-            return [functools.partial(backward, scales)]
-        passes: list[Callable[..., None]] = [functools.partial(backward, inputs=plain)] if plain else []
-        return [*passes, functools.partial(backward, scales, inputs=weighted)] if weighted else passes
+        return weighted_passes(losses, list(self.weights), weighted if plain or keep_outside else None, plain)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and a tensor."""

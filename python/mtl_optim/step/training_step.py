@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..capture import CAPTURES
 from ..capture.grads import Isolation, Row, RowKey, add_grads, take_grads
-from ..capture.passes import run_backward
+from ..capture.passes import run_backward, run_passes, weighted_passes
 from ..cuda_graphs import refuse_capture
 from ..distributed.local import check_single_rank
 from ..options import Options
@@ -35,6 +36,21 @@ from .transform import tell_norms, transformed
 
 _ALIVE: weakref.WeakSet[TrainingStep] = weakref.WeakSet()
 """All of this process: what one combines, another should not add to."""
+
+
+class Call(NamedTuple):
+    """A call of `MultiTaskOptimizer.backward`, checked.
+
+    Attributes:
+        named: the losses, transformed. tasks: all that are known by now.
+        names_given: whether the losses came with names.
+    """
+
+    named: dict[str, Tensor]
+    tasks: tuple[str, ...]
+    parameters: Parameters
+    retain_graph: bool
+    names_given: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,27 +118,15 @@ class TrainingStep:
             )
         self._surroundings.look(named, parameters, self._keeps, _combined_elsewhere(self))
         self._advice.findings(self._surroundings.findings)
+        call = Call(named, tasks, parameters, retain_graph, isinstance(losses, Mapping))
         if features is not None:
-            self._run_through(features, named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping))
-        elif not accumulate and (
-            self._run_weighted(named, parameters, retain_graph)
-            or self._run_partial(named, tasks, parameters, retain_graph, isinstance(losses, Mapping))
-        ):
-            return
-        else:
-            self._run_each(named, tasks, parameters, accumulate, retain_graph, isinstance(losses, Mapping), batch)
+            self._run_through(call, features, accumulate)
+        elif accumulate or not (self._run_weighted(call) or self._run_partial(call)):
+            self._run_each(call, accumulate, batch)
 
-    def _run_each(
-        self,
-        named: dict[str, Tensor],
-        tasks: tuple[str, ...],
-        parameters: Parameters,
-        accumulate: bool,
-        retain_graph: bool,
-        names_given: bool,
-        batch: int,
-    ) -> None:
+    def _run_each(self, call: Call, accumulate: bool, batch: int) -> None:
         """One pass a loss, each a row; then the combination, unless more are to come."""
+        named, tasks, parameters, retain_graph, names_given = call
         managed, pending, batches = parameters.managed, self.pending, self.batches
         pending.prepare([batches.key(name, batch) for name in tasks], managed)
         outside = self._surroundings.leaves()
@@ -156,17 +160,9 @@ class TrainingStep:
         else:
             self._hand_over(combined, batches.tasks(rows), managed)
 
-    def _run_through(
-        self,
-        features: object,
-        named: dict[str, Tensor],
-        tasks: tuple[str, ...],
-        parameters: Parameters,
-        accumulate: bool,
-        retain_graph: bool,
-        names_given: bool,
-    ) -> None:
+    def _run_through(self, call: Call, features: object, accumulate: bool) -> None:
         """One pass a loss down to the features, each a row; and one from there with what the rows combine to."""
+        named, tasks, parameters, retain_graph, names_given = call
         pending = self.pending
         if accumulate or pending.rows:
             raise RuntimeError(
@@ -195,8 +191,9 @@ class TrainingStep:
         combined = dataclasses.replace(combined, grads=grads, owner=owner)
         self._hand_over(combined, list(named), parameters.managed)
 
-    def _run_weighted(self, named: Mapping[str, Tensor], parameters: Parameters, retain_graph: bool) -> bool:
+    def _run_weighted(self, call: Call) -> bool:
         """One weighted backward pass with the last weights; False where new ones are due."""
+        named, _, parameters, retain_graph, _ = call
         last, managed, pending = self.progress.reusable, parameters.managed, self.pending
         if last is None or pending.rows or not last.serves(named, managed, self.options.every):
             return False
@@ -219,8 +216,7 @@ class TrainingStep:
         isolation = Isolation(managed, parameters.others)
         try:
             pending.open(last.present[0], managed, None)  # the row of any task will do for the sum over all
-            for k, one_pass in enumerate(passes):
-                run_backward(functools.partial(one_pass, retain_graph=retain_graph or k < len(passes) - 1))
+            run_passes(passes, retain_graph)
             grads = pending.take(last.present[0], parameters, None, self._surroundings.leaves())
         except BaseException:
             isolation.undo()
@@ -236,15 +232,9 @@ class TrainingStep:
         progress.has_gradient = True
         return True
 
-    def _run_partial(
-        self,
-        named: dict[str, Tensor],
-        tasks: tuple[str, ...],
-        parameters: Parameters,
-        retain_graph: bool,
-        names_given: bool,
-    ) -> bool:
+    def _run_partial(self, call: Call) -> bool:
         """Passes over what is in the Gram matrix, and a weighted one for the rest; False where all is, or must be."""
+        named, tasks, parameters, retain_graph, names_given = call
         managed, pending, losses = parameters.managed, self.pending, list(named.values())
         if not parameters.partial or pending.rows or self._share_is_due or self.options.capture != "harvest":
             return False
@@ -280,9 +270,8 @@ class TrainingStep:
             combined = self._combined(tasks, whole, values, parameters, names_given)
             report = combined.report
             weights = mean_weights(report)
-            passes = partial.passes(losses, [weights[report.tasks.index(name)] for name in named])
-            for k, one_pass in enumerate(passes):
-                run_backward(functools.partial(one_pass, retain_graph=retain_graph or k < len(passes) - 1))
+            own = [weights[report.tasks.index(name)] for name in named]
+            run_passes(weighted_passes(losses, own, partial.rest, partial.plain), retain_graph)
             rest = take_grads(managed)
         except BaseException:
             isolation.undo()
