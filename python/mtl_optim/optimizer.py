@@ -109,6 +109,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         head_scaling: str = "none",
         granularity: str = "model",
         capture: str = "harvest",
+        passes: str = "auto",
         refresh_every: int | None = None,
         outside: str = "sum",
         share_every: int | None = None,
@@ -117,7 +118,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
     ) -> None:
         names = fixed_tasks(tasks)
         self.options = Options(
-            method, head_scaling, granularity, capture, refresh_every, outside, share_every, transform, names
+            method, head_scaling, granularity, capture, passes, refresh_every, outside, share_every, transform, names
         )
         optimizers = wrapped_optimizers(optimizer)
         if any(isinstance(one, MultiTaskOptimizer) for one in optimizers):

@@ -15,6 +15,7 @@ from .distributed.local import check_whole
 from .losses import LossCombination, SumOfTerms
 from .methods import Method, available
 from .methods.base import check_choice
+from .methods.rows import RowMethod
 
 OWNER = "MultiTaskOptimizer"
 
@@ -34,6 +35,7 @@ class Options:
     head_scaling: str = "none"
     granularity: str = "model"
     capture: str = "harvest"
+    passes: str = "auto"
     refresh_every: int | None = None
     outside: str = "sum"
     share_every: int | None = None
@@ -54,6 +56,14 @@ class Options:
         check_choice(OWNER, "head_scaling", self.head_scaling, ("none", "weights"))
         check_choice(OWNER, "granularity", self.granularity, ("model", "group", "parameter"))
         check_choice(OWNER, "capture", self.capture, tuple(CAPTURES))
+        check_choice(OWNER, "passes", self.passes, ("auto", "loop", "batched"))
+        if self.capture == "factored":
+            _check_factored(self.method)
+        elif self.passes != "auto":
+            raise ValueError(
+                f'{OWNER}: passes={self.passes!r} is for capture="factored", found capture={self.capture!r}; leave it '
+                'at "auto"'
+            )
         check_choice(OWNER, "outside", self.outside, ("sum", "keep"))
         _check_transform(self.transform)
         if self.share_every is not None:
@@ -124,6 +134,20 @@ def check_param_groups(groups: Iterable[Mapping[str, Any]]) -> None:
         for param in [params] if isinstance(params, Tensor) else params:
             if mtl:
                 check_whole(param[1] if isinstance(param, tuple) else param)
+
+
+def _check_factored(method: Method) -> None:
+    name = type(method).__name__
+    if not method.weighs_rows or isinstance(method, RowMethod):
+        raise ValueError(
+            f'{OWNER}: capture="factored" holds rows as coordinates, with the lengths and angles of the gradients '
+            f'but not their elements, and {name} combines elements; use capture="harvest"'
+        )
+    if method.num_batches > 1:
+        raise ValueError(
+            f'{OWNER}: capture="factored" is for steps of one batch, whose inputs all rows share, and {name} takes '
+            f'{method.num_batches}; use capture="harvest"'
+        )
 
 
 def _check_period(option: str, value: object) -> None:

@@ -10,5 +10,5 @@ from .protocol import Capture
 
 __all__ = ["CAPTURES", "Capture"]
 
-CAPTURES: dict[str, Callable[[], Capture]] = {"harvest": Harvest, "arena": Arena}
-"""By the name that `MultiTaskOptimizer` takes."""
+CAPTURES: dict[str, Callable[[], Capture]] = {"harvest": Harvest, "arena": Arena, "factored": Harvest}
+"""By the name that `MultiTaskOptimizer` takes; what holds gradients, where rows are not coordinates."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..cuda_graphs import capturing, refuse_capture
-from .grads import Row, RowKey, is_plain, put_grads, same_tensors, take_grads
+from .grads import Row, RowKey, grad_dtype, is_plain, put_grads, same_tensors, take_grads
 
 _ALIGNMENT = 256
 """Bytes that every row, and every parameter in it, starts at a multiple of: enough for any vector load."""
@@ -49,7 +49,7 @@ class Arena:
             TypeError: a parameter of a kind that has no plain memory.
         """
         self._in_graph = self._in_graph or capturing()
-        layout = [(param.shape, param.stride(), _grad_dtype(param), param.device) for param in params]
+        layout = [(param.shape, param.stride(), grad_dtype(param), param.device) for param in params]
         if layout != self._layout or not same_tensors(params, self._params):
             self._lay_out(params, layout)
         new = [task for task in tasks if task not in self._rows]
@@ -156,10 +156,6 @@ class Arena:
 def _settle(arena: weakref.ref[Arena], param: Tensor) -> None:
     if (found := arena()) is not None:
         found._settle(param)
-
-
-def _grad_dtype(param: Tensor) -> torch.dtype:
-    return getattr(param, "grad_dtype", None) or param.dtype
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

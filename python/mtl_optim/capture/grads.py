@@ -32,6 +32,11 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.layout is torch.strided
 
 
+def grad_dtype(param: Tensor) -> torch.dtype:
+    """That of a parameter's gradient."""
+    return getattr(param, "grad_dtype", None) or param.dtype
+
+
 def as_real(tensor: Tensor | None) -> Tensor | None:
     """A complex tensor as pairs of reals in the same memory, whose inner products are those that a step goes by."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor is not None and tensor.is_complex() else tensor

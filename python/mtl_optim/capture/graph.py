@@ -42,8 +42,13 @@ def leaves_above(edges: Iterable[Edge], cuts: frozenset[Edge]) -> tuple[list[Ten
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves[id(variable)] = variable
-        hides = hides or (isinstance(node, BackwardCFunction) and type(node).__name__ != _COMPILED)
+        hides = hides or is_custom(node)
     return list(leaves.values()), met, hides
+
+
+def is_custom(node: Any) -> bool:
+    """Whether a node belongs to a custom Python function that may hide leaves from the graph."""
+    return isinstance(node, BackwardCFunction) and type(node).__name__ != _COMPILED
 
 
 def split_compiled_graph(losses: Iterable[Tensor]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,15 @@ def run_passes(passes: Sequence[Pass], retain_graph: bool) -> None:
     """Runs them in turn, over one graph; see `run_backward`."""
     for k, one in enumerate(passes):
         run_backward(functools.partial(one, retain_graph=retain_graph or k < len(passes) - 1))
+
+
+@contextlib.contextmanager
+def hooked(hooks: Iterable[tuple[Callable[[Callable[..., None]], Any], Callable[..., None]]]) -> Iterator[None]:
+    """Hooks of nodes for as long as a block lasts: pairs of what registers one, and what it calls."""
+    with contextlib.ExitStack() as stack:
+        for register, hook in hooks:
+            stack.callback(register(hook).remove)
+        yield
 
 
 def run_backward(run: Callable[[], Any]) -> Any:

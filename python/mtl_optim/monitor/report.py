@@ -40,6 +40,20 @@ class GramShare:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Factoring:
+    """How the rows of a step with ``capture="factored"`` were taken.
+
+    Attributes:
+        passes: "loop", one backward pass a task, or "batched", one for all of them.
+        how: per parameter (of those combined that count in the Gram matrix, in the order of the optimizer) "factored",
+            "dense", "one task" or "not reached", and after a colon the number of rows or the reason.
+    """
+
+    passes: str
+    how: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Report:
     """The Gram matrix, the weights and the certificate of one step.
@@ -58,6 +72,8 @@ class Report:
             of the optimizer); empty for ``granularity="model"``.
         age: steps since the weights were computed (above 0 only with ``refresh_every``).
         gram_share: with ``share_every``, what the last comparison with a Gram matrix over all parameters gave.
+        factoring: with ``capture="factored"``, which rows were coordinates; None where all were whole, because the
+            graph hides parameters.
     """
 
     tasks: tuple[str, ...]
@@ -68,6 +84,7 @@ class Report:
     problems: tuple[int, ...] = ()
     age: int = 0
     gram_share: GramShare | None = None
+    factoring: Factoring | None = None
 
     @property
     def active(self) -> Tensor:
@@ -130,6 +147,10 @@ class Report:
                 f"up to {float(share.cosine_error):.2g}, {int(share.flips)} pair(s) of another sign, {share.age} "
                 "step(s) ago"
             )
+        if (factoring := self.factoring) is not None:
+            shared = [how for how in factoring.how if how.startswith(("factored", "dense"))]
+            factored = [how for how in shared if how.startswith("factored")]
+            lines.append(f"{len(factored)} of {len(shared)} shared parameters factored, passes: {factoring.passes}")
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,6 +23,16 @@ class Parameters(NamedTuple):
     places: list[int]
     others: list[Tensor]
     in_gram: list[bool]
+
+    def at(self, places: Sequence[int], others: bool = True) -> Parameters:
+        """Some of the managed ones, with or without the others."""
+        return Parameters(
+            [self.managed[p] for p in places],
+            [self.group_of[p] for p in places],
+            [self.places[p] for p in places],
+            self.others if others else [],
+            [self.in_gram[p] for p in places],
+        )
 
     @property
     def partial(self) -> bool:

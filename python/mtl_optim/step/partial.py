@@ -41,13 +41,7 @@ class Partial:
         in_rows = {id(parameters.managed[p]) for p in places}
         rest = [leaf for leaf in leaves if id(leaf) in managed and id(leaf) not in in_rows]
         plain = [leaf for leaf in leaves if id(leaf) not in managed and (id(leaf) in others or not keep_outside)]
-        rows = Parameters(
-            [parameters.managed[p] for p in places],
-            [parameters.group_of[p] for p in places],
-            [parameters.places[p] for p in places],
-            [],
-            [True] * len(places),
-        )
+        rows = parameters.at(places, others=False)
         return cls(rows, places, rest, plain)
 
     def whole(self, row: Row, parameters: Parameters) -> Row:

@@ -22,6 +22,7 @@ from .advice import Advice
 from .batches import Batches
 from .block import TaskBlock
 from .combination import Combined, Combiner, mean_weights
+from .factored import BatchingError, Factored, FactoredPlans, UnseenUseError
 from .features import Features
 from .lazy import held, hold, stand_aside
 from .losses import check_loss_value, is_stacked, named_losses, stack_losses
@@ -88,6 +89,7 @@ class TrainingStep:
         self._combiner = Combiner(options)
         self.batches = Batches.of(options.method)
         self._surroundings = Surroundings()
+        self._plans = FactoredPlans(options.passes) if options.capture == "factored" else None
         self._open: OpenBlock | None = None
         _ALIVE.add(self)
 
@@ -100,6 +102,8 @@ class TrainingStep:
         check_single_rank()
         if (every := self.options.every) > 1:
             refuse_capture(f"refresh_every={every} decides on the host", "use refresh_every=1")
+        if self._plans is not None:
+            _check_factored("backward(accumulate=True)" if accumulate else None)
         named, stacked = named_losses(losses), is_stacked(losses)
         tasks = self.tasks_with(named)
         parameters = self.parameters()
@@ -121,7 +125,7 @@ class TrainingStep:
         call = Call(named, tasks, parameters, retain_graph, isinstance(losses, Mapping))
         if features is not None:
             self._run_through(call, features, accumulate)
-        elif accumulate or not (self._run_weighted(call) or self._run_partial(call)):
+        elif accumulate or not (self._run_weighted(call) or self._run_shortcut(call)):
             self._run_each(call, accumulate, batch)
 
     def _run_each(self, call: Call, accumulate: bool, batch: int) -> None:
@@ -232,61 +236,110 @@ class TrainingStep:
         progress.has_gradient = True
         return True
 
-    def _run_partial(self, call: Call) -> bool:
-        """Passes over what is in the Gram matrix, and a weighted one for the rest; False where all is, or must be."""
+    def _run_shortcut(self, call: Call) -> bool:
+        """Rows of cheaper passes, a weighted one for what is not in the Gram matrix; False where there is no way."""
+        named, _, parameters, _, _ = call
+        partial = self._partial(named, parameters)
+        inside = parameters if partial is None else partial.rows
+        plans = self._plans
+        factored = None if plans is None else plans.make(list(named.values()), inside, self._keeps)
+        if plans is not None and factored is None:
+            self._advice.once(
+                "unfactored",
+                "the graph of the losses is hidden by reentrant checkpointing, so that rows are captured whole as with "
+                'capture="harvest"; call checkpoint(..., use_reentrant=False)',
+            )
+        if plans is None or factored is None:
+            if partial is not None:
+                self._run_apart(call, partial, inside, None)
+            return partial is not None
+        try:
+            self._run_apart(call, partial, inside, factored)
+        except UnseenUseError as error:
+            plans.unseen(error)
+            if factored.proven:
+                raise RuntimeError(
+                    "a custom function has added to the gradients of weights in a pass of its own, and not in earlier "
+                    "steps; run the forward pass again: their rows are captured whole from now on"
+                ) from error
+            return self._run_shortcut(call)
+        except BatchingError as error:
+            asked_for = not plans.give_up_batching()
+            if asked_for or factored.proven:
+                advice = 'use passes="auto" or "loop"' if asked_for else "run the forward pass again"
+                raise RuntimeError(f"one backward pass for all tasks cannot run: {error}; {advice}") from error
+            self._advice.once("loop", f"tasks have a backward pass each, as one for all of them cannot run: {error}")
+            return self._run_shortcut(call)
+        plans.proven = True
+        return True
+
+    def _run_apart(self, call: Call, partial: Partial | None, inside: Parameters, factored: Factored | None) -> None:
+        """A step with rows over some parameters, or with coordinates in them, or both."""
         named, tasks, parameters, retain_graph, names_given = call
         managed, pending, losses = parameters.managed, self.pending, list(named.values())
-        if not parameters.partial or pending.rows or self._share_is_due or self.options.capture != "harvest":
-            return False
-        if any(loss.dtype.itemsize < 4 for loss in losses):
-            self._advice.once(
-                "coarse",
-                "losses in 16 bits would round the weights, so that gram=False saves nothing here; compute them in "
-                "float32, from outputs.float()",
-            )
-            return False
-        partial = Partial.of(losses, parameters, self._keeps)
-        if partial is None:
-            self._advice.once(
-                "hidden",
-                "the graph of the losses hides parameters (reentrant checkpointing?), so that gram=False saves nothing "
-                "here; call checkpoint(..., use_reentrant=False)",
-            )
-            return False
-        last = len(named) - 1 if not (partial.rest or partial.plain) else len(named)
-        inside = partial.rows
+        more = partial is not None and bool(partial.rest or partial.plain)
         pending.prepare(list(tasks), inside.managed)
-        isolation = Isolation(managed, parameters.others)
+        isolation = Isolation(managed, [*parameters.others, *([] if factored is None else factored.outside)])
         rows: dict[RowKey, Row] = {}
         try:
-            for k, (name, loss) in enumerate(named.items()):
-                pending.open(name, inside.managed, None)
-                keep = retain_graph or k < last
-                run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inside.managed))
-                rows[name] = pending.take(name, inside, None, [], any_will_do=True)
+            if factored is not None:
+                rows = factored.rows(named, pending, retain_graph or more)
+                self._advice.packed(self.batches.split(rows)[-1], inside.managed)
+            else:
+                for k, (name, loss) in enumerate(named.items()):
+                    pending.open(name, inside.managed, None)
+                    keep = retain_graph or more or k < len(named) - 1
+                    run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inside.managed))
+                    rows[name] = pending.take(name, inside, None, [], any_will_do=True)
+                self._check_rows(rows, inside.managed)
             values = self._losses_with(named, 0) if self.options.method.needs_losses else {}
-            self._check_rows(rows, inside.managed)
-            whole = {name: partial.whole(row, parameters) for name, row in rows.items()}
+            whole = rows if partial is None else {name: partial.whole(row, parameters) for name, row in rows.items()}
             combined = self._combined(tasks, whole, values, parameters, names_given)
-            report = combined.report
-            weights = mean_weights(report)
-            own = [weights[report.tasks.index(name)] for name in named]
-            run_passes(weighted_passes(losses, own, partial.rest, partial.plain), retain_graph)
-            rest = take_grads(managed)
+            grads, report = list(combined.grads), combined.report
+            if factored is not None:
+                report = dataclasses.replace(report, factoring=factored.report)
+                for p, at in enumerate(range(len(managed)) if partial is None else partial.places):
+                    if (grad := grads[at]) is not None:
+                        grads[at] = factored.gradient(p, grad)
+            if partial is not None:
+                weights = mean_weights(report)
+                own = [weights[report.tasks.index(name)] for name in named]
+                run_passes(weighted_passes(losses, own, partial.rest, partial.plain), retain_graph)
+                grads = [a if b is None else b for a, b in zip(grads, take_grads(managed), strict=True)]
         except BaseException:
             isolation.undo()
             pending.after_failure({})
             raise
         isolation.finish()
         self.progress.tasks = tasks
-        grads = [a if b is None else b for a, b in zip(combined.grads, rest, strict=True)]
-        self._hand_over(dataclasses.replace(combined, grads=grads), list(named), managed)
-        return True
+        self._hand_over(dataclasses.replace(combined, grads=grads, report=report), list(named), managed)
+
+    def _partial(self, named: Mapping[str, Tensor], parameters: Parameters) -> Partial | None:
+        """How passes end early; None where all parameters are in the Gram matrix, or their rows have to be whole."""
+        if not parameters.partial or self.pending.rows or self._share_is_due or self.options.capture == "arena":
+            return None
+        if any(loss.dtype.itemsize < 4 for loss in named.values()):
+            self._advice.once(
+                "coarse-gram",
+                "losses in 16 bits would round the weights, so that gram=False saves nothing here; compute them in "
+                "float32, from outputs.float()",
+            )
+            return None
+        partial = Partial.of(list(named.values()), parameters, self._keeps)
+        if partial is None:
+            self._advice.once(
+                "hidden-gram",
+                "the graph of the losses hides parameters (reentrant checkpointing?), so that gram=False saves nothing "
+                "here; call checkpoint(..., use_reentrant=False)",
+            )
+        return partial
 
     def open_block(self, block: TaskBlock) -> None:
         """Hides the gradients that are there, so that a row can be captured."""
         what = f"task({block.name!r})"
         self.check_idle(what)
+        if self._plans is not None:
+            _check_factored(what)
         check_single_rank()
         parameters, pending, key = self.parameters(), self.pending, self.batches.key(block.name, block.batch)
         self._check_continues(what, parameters)
@@ -508,6 +561,18 @@ def _combined_elsewhere(step: TrainingStep) -> list[Tensor]:
         for param in group["params"]
         if id(param) not in own
     ]
+
+
+def _check_factored(what: str | None) -> None:
+    """Raise where ``capture="factored"`` cannot do what was asked for."""
+    if what is not None:
+        raise ValueError(
+            f'{what} with capture="factored": rows of several passes have other coordinates each, which cannot be '
+            'added; pass all losses to one backward(), or use capture="harvest"'
+        )
+    refuse_capture(
+        'capture="factored" would look through the autograd graph on the host', 'use capture="harvest" or "arena"'
+    )
 
 
 def _version(grad: Tensor | None) -> int:

@@ -1,0 +1,81 @@
+"""One pass through what several losses share, for all of them at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from .graph import Edge
+from .passes import hooked, run_backward
+from .reach import Crossing, Reach
+
+
+class Frontier:
+    """Where the losses' own parts of the graph end, and what arrives there.
+
+    Attributes:
+        nested: whether some of its edges lead to others, so that the passes to it run through shared parts too.
+    """
+
+    def __init__(self, reach: Reach) -> None:
+        self._crossings = reach.crossings()
+        self._arrived: dict[Edge, dict[int, Tensor]] = {}
+        edges = {crossing.edge for found in self._crossings for crossing in found}
+        starts = {node for node, _ in edges}
+        below: set[Node] = set()
+        self.nested = False
+        for node in reach.order:
+            users = [user for user, _ in reach.users.get(node, ()) if reach.shared(user)]
+            if any(user in below or user in starts for user in users):
+                below.add(node)
+                self.nested = self.nested or node in starts
+
+    def run(self, k: int, loss: Tensor, own: Sequence[Any]) -> None:
+        """The backward pass of a loss down to the frontier, and to some leaves of its own.
+
+        The edges get what the loss's own nodes hand over, not what arrives there: that includes what came by way of
+        other edges.
+        """
+        crossings = self._crossings[k]
+        nodes: dict[Node, list[Crossing]] = {}
+        for crossing in crossings:
+            if crossing.node is None:
+                self._add(k, crossing.edge, torch.ones_like(loss))
+            else:
+                nodes.setdefault(crossing.node, []).append(crossing)
+        edges = dict.fromkeys(crossing.edge for found in nodes.values() for crossing in found)
+        inputs = [*own, *(GradientEdge(*edge) for edge in edges)]
+        if not inputs:
+            return
+        hooks = [(node.register_hook, functools.partial(self._hand_over, k, found)) for node, found in nodes.items()]
+        with hooked(hooks):
+            run_backward(functools.partial(loss.backward, retain_graph=True, inputs=inputs))
+
+    def through(self, targets: Sequence[Any], num_tasks: int, retain_graph: bool) -> Sequence[Tensor | None]:
+        """The gradients of all losses at some leaves and edges, ``[K, ...]`` each; zeros where a loss has none."""
+        edges = list(self._arrived)
+        starts = [_stack(self._arrived.pop(edge), num_tasks) for edge in edges]
+        outputs = [GradientEdge(*edge) for edge in edges]
+        return torch.autograd.grad(
+            outputs, targets, starts, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
+        )
+
+    def _hand_over(self, k: int, crossings: Sequence[Crossing], grads: Sequence[Tensor | None], _: object) -> None:
+        for crossing in crossings:
+            if (grad := grads[crossing.output]) is not None:
+                self._add(k, crossing.edge, grad)
+
+    def _add(self, k: int, edge: Edge, grad: Tensor) -> None:
+        arrived = self._arrived.setdefault(edge, {})
+        arrived[k] = arrived[k] + grad if k in arrived else grad
+
+
+def _stack(grads: dict[int, Tensor], num_tasks: int) -> Tensor:
+    first = next(iter(grads.values()))
+    zero = first.new_zeros(()).expand_as(first)
+    return torch.stack([grads.get(k, zero) for k in range(num_tasks)])

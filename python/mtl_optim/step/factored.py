@@ -1,0 +1,291 @@
+"""Rows without gradients of weights: passes that stop short of them, and one product a weight at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..capture.batched import Frontier
+from ..capture.factors import Factor, is_recomputed, make_factor, pays
+from ..capture.grads import Row, RowKey, add_grads, grad_dtype, put_grads, take_grads
+from ..capture.passes import hooked, run_backward
+from ..capture.products import Use, most_rows, uses_of
+from ..capture.reach import Reach
+from ..monitor.report import Factoring
+from .parameters import Parameters
+from .pending import Pending
+
+_FEW_ROWS = 64
+"""The most rows of a product for which one pass over all tasks beats one by one on a CPU: their passes then wait for
+the weights to be read, which it reads once."""
+
+
+class UnseenUseError(Exception):
+    """Factored weights, its arguments, have received gradients that the graph did not show."""
+
+
+class BatchingError(Exception):
+    """One pass for all tasks cannot run."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factored:
+    """The passes of a step, of which rows of some weights are coordinates (`mtl_optim.capture.factors`).
+
+    Attributes:
+        parameters: those that rows are over. dense: those of them whose rows are gradients, at ``places``.
+        outside: leaves that are in no optimizer and receive the plain sum.
+        factors: by the place of a parameter in ``parameters``, with its uses.
+        report: for `Report`. proven: whether a step has been taken this way before.
+        taken: the dense part of the rows.
+    """
+
+    reach: Reach
+    parameters: Parameters
+    dense: Parameters
+    places: list[int]
+    outside: list[Tensor]
+    factors: dict[int, Factor]
+    uses: dict[int, list[Use]]
+    report: Factoring
+    proven: bool
+    taken: dict[RowKey, Row] = dataclasses.field(default_factory=dict)
+
+    def rows(self, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool) -> dict[RowKey, Row]:
+        """One row a loss.
+
+        Raises:
+            UnseenUseError, BatchingError: see there. Unless ``proven``, the graph is still there.
+        """
+        batched = self.report.passes == "batched"
+        keep = retain_graph or (not self.proven and (batched or self.reach.custom))
+        factored = (self._batched if batched else self._looped)(named, pending, keep)
+        pending.check_rows(self.taken)
+        rows: dict[RowKey, Row] = {}
+        for name, parts in zip(named, factored, strict=True):
+            rows[name] = row = [parts.get(p) for p in range(len(self.parameters.managed))]
+            for p, grad in zip(self.places, self.taken[name], strict=True):
+                row[p] = grad
+        return rows
+
+    def gradient(self, p: int, combined: Tensor) -> Tensor:
+        """That of a parameter, from what its rows combine to."""
+        if p not in self.factors:
+            # One of several in a buffer would hold the memory of all.
+            return combined.clone() if self.report.passes == "batched" else combined
+        param = self.parameters.managed[p]
+        grad = self.factors[p].expand(combined).to(grad_dtype(param))
+        return grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+    def _looped(self, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool) -> list[dict[int, Tensor]]:
+        """A pass a task, in which the nodes of the products hand over what reaches them."""
+        inputs = [*self._leaves(), *self._edges()]
+        rows: list[dict[int, Tensor]] = []
+        slots: dict[Node, list[tuple[int, int]]] = {}
+        for p, uses in self.uses.items():
+            for u, use in enumerate(uses):
+                slots.setdefault(use.node, []).append((p, u))
+        with hooked((node.register_prehook, functools.partial(self._settle, rows, at)) for node, at in slots.items()):
+            for k, (name, loss) in enumerate(named.items()):
+                rows.append({})
+                pending.open(name, self.dense.managed, None)
+                keep = retain_graph or k < len(named) - 1
+                run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inputs))
+                self._take(name, pending, bool(rows[-1]))
+        return rows
+
+    def _settle(
+        self, rows: Sequence[dict[int, Tensor]], slots: Sequence[tuple[int, int]], grads: Sequence[Tensor | None]
+    ) -> None:
+        """Adds to the last row what has reached a node."""
+        row, grad = rows[-1], grads[0]
+        if grad is not None:
+            for p, u in slots:
+                part = self.factors[p].coordinates(u, grad)
+                row[p] = row[p].add_(part) if p in row else part
+
+    def _batched(self, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool) -> list[dict[int, Tensor]]:
+        """A pass a task through what it has for itself, and one for all of them from there on."""
+        tasks, reach, place = len(named), self.reach, {id(param): p for p, param in enumerate(self.dense.managed)}
+        own: list[list[Tensor]] = [[] for _ in named]
+        common: list[tuple[Node, Tensor]] = []
+        wanted = set(map(id, self._leaves()))
+        for node, leaf in reach.leaves.items():
+            if id(leaf) not in wanted:
+                continue
+            if reach.shared(node):
+                common.append((node, leaf))
+            else:
+                own[reach.tasks[node].bit_length() - 1].append(leaf)
+        frontier = Frontier(reach)
+        dense: list[Row] = []
+        for k, loss in enumerate(named.values()):
+            frontier.run(k, loss, own[k])
+            dense.append(take_grads(self.dense.managed))
+        edges = self._edges()
+        found = self._through(frontier, [*edges, *(leaf for _, leaf in common)], tasks, retain_graph)
+        arrived = dict(zip((edge.node for edge in edges), found, strict=False))
+        factored: list[dict[int, Tensor]] = [{} for _ in named]
+        for p, uses in self.uses.items():
+            for u, use in enumerate(uses):
+                if (grads := arrived[use.node]) is None:
+                    continue
+                parts = self.factors[p].coordinates(u, grads)
+                for k in reach.tasks_at(use.node):
+                    factored[k][p] = factored[k][p] + parts[k] if p in factored[k] else parts[k]
+        for (node, leaf), grads in zip(common, found[len(edges) :], strict=True):
+            if grads is not None and id(leaf) not in place:
+                add_grads([leaf], [grads.sum(0)])
+            elif grads is not None:
+                for k in reach.tasks_at(node):
+                    dense[k][place[id(leaf)]] = grads[k]
+        for k, name in enumerate(named):
+            pending.open(name, self.dense.managed, None)
+            put_grads(self.dense.managed, dense[k])
+            self._take(name, pending, bool(factored[k]))
+        return factored
+
+    def _through(
+        self, frontier: Frontier, targets: Sequence[Tensor | GradientEdge], tasks: int, retain_graph: bool
+    ) -> Sequence[Tensor | None]:
+        leaves = [*self.parameters.managed, *self.dense.others, *self.outside]
+        before = take_grads(leaves)
+        try:
+            found = frontier.through(targets, tasks, retain_graph)
+        except RuntimeError as error:
+            raise BatchingError(str(error).split("\n", 1)[0]) from error
+        if any(grad is not None for grad in take_grads(leaves)):
+            raise BatchingError("a custom function has run a backward pass of its own")
+        put_grads(leaves, before)
+        return found
+
+    def _take(self, name: str, pending: Pending, reached: bool) -> None:
+        """Takes the dense part of a task's row."""
+        if unseen := [param for p in self.factors if (param := self.parameters.managed[p]).grad is not None]:
+            raise UnseenUseError(*unseen)
+        self.taken[name] = pending.take(name, self.dense, None, self.outside, any_will_do=reached)
+
+    def _leaves(self) -> list[Tensor]:
+        return [*self.dense.managed, *self.dense.others, *self.outside]
+
+    def _edges(self) -> list[GradientEdge]:
+        return [
+            GradientEdge(node, 0) for node in dict.fromkeys(use.node for uses in self.uses.values() for use in uses)
+        ]
+
+
+class FactoredPlans:
+    """How the steps of one optimizer take their rows.
+
+    Args:
+        passes: see `MultiTaskOptimizer`.
+
+    Attributes:
+        proven: whether a step has been taken since something did not work.
+    """
+
+    def __init__(self, passes: str) -> None:
+        self.proven = False
+        self._passes = passes
+        self._recomputed: dict[tuple[Any, ...], bool] = {}
+        self._unseen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._one_by_one = False
+
+    def make(self, losses: Sequence[Tensor], parameters: Parameters, keep_outside: bool) -> Factored | None:
+        """For a step; None where the graph hides parameters from all passes but ordinary ones.
+
+        Args:
+            parameters: those that rows are over.
+
+        Raises:
+            ValueError: one pass for all tasks was asked for, and hooks forbid it.
+        """
+        reach = Reach(losses)
+        if reach.reentrant:
+            return None
+        nodes = {id(leaf): node for node, leaf in reach.leaves.items()}
+        factors: dict[int, Factor] = {}
+        all_uses: dict[int, list[Use]] = {}
+        how = []
+        for p, param in enumerate(parameters.managed):
+            node = nodes.get(id(param))
+            if node is None or not reach.shared(node):
+                how.append("not reached" if node is None else "one task")
+                continue
+            uses = self._uses(node, param, reach)
+            if isinstance(uses, list):
+                try:
+                    factors[p] = make_factor(param, uses)
+                except TypeError as error:
+                    uses = str(error)
+            if isinstance(uses, str):
+                how.append(f"dense: {uses}")
+                continue
+            all_uses[p] = uses
+            how.append(f"factored: {sum(use.rows for use in uses)} rows")
+        places = [p for p in range(len(parameters.managed)) if p not in factors]
+        known = set(map(id, (*parameters.managed, *parameters.others)))
+        outside = [] if keep_outside else [leaf for leaf in reach.leaves.values() if id(leaf) not in known]
+        dense = parameters.at(places)
+        batched = self._batches([*dense.managed, *dense.others, *outside], reach, parameters)
+        report = Factoring("batched" if batched else "loop", tuple(how))
+        return Factored(reach, parameters, dense, places, outside, factors, all_uses, report, self.proven)
+
+    def unseen(self, error: UnseenUseError) -> None:
+        """Takes dense rows of some weights from now on."""
+        self.proven = False
+        for param in error.args:
+            self._unseen[param] = True
+
+    def give_up_batching(self) -> bool:
+        """Whether one pass for all tasks was not asked for, and is not tried again."""
+        self._one_by_one, self.proven = True, False
+        return self._passes == "auto"
+
+    def _uses(self, node: Node, param: Tensor, reach: Reach) -> list[Use] | str:
+        """The uses of a weight, or why its rows are dense."""
+        if not param.is_floating_point() or param.dim() < 2 or param.layout is not torch.strided:
+            return "no matrix"
+        if param in self._unseen:
+            return "a custom function has used it unseen"
+        if _has_hooks(param):
+            return "it has hooks"
+        uses = uses_of(node, param, reach)
+        if isinstance(uses, str):
+            return uses
+        num_tasks = reach.tasks[node].bit_count()
+        if not pays(num_tasks, param, uses):
+            return f"{sum(use.rows for use in uses)} rows are too many"
+        key = (param.shape, *((use.node.name(), use.rows) for use in uses))
+        if key not in self._recomputed:
+            self._recomputed[key] = any(map(is_recomputed, uses))
+        return "its inputs are recomputed at every look" if self._recomputed[key] else uses
+
+    def _batches(self, leaves: Sequence[Tensor], reach: Reach, parameters: Parameters) -> bool:
+        """Whether one pass is to serve all tasks."""
+        hooked = [list(leaf.shape) for leaf in leaves if _has_hooks(leaf)]
+        if self._passes == "batched":
+            if hooked:
+                raise ValueError(
+                    f'passes="batched" gives no task a backward pass of its own, which the hooks of parameters of '
+                    f'shapes {", ".join(map(str, hooked))} wait for; use passes="auto"'
+                )
+            return True
+        if self._passes == "loop" or self._one_by_one or hooked or reach.custom:
+            return False
+        if Frontier(reach).nested:
+            return False
+        if parameters.managed[0].device.type != "cpu":
+            return True
+        return most_rows(reach) <= _FEW_ROWS
+
+
+def _has_hooks(leaf: Tensor) -> bool:
+    return bool(leaf._backward_hooks) or bool(getattr(leaf, "_post_accumulate_grad_hooks", None))
