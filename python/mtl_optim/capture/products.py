@@ -125,7 +125,7 @@ def uses_of(leaf: Node, weight: Tensor, reach: Reach) -> list[Use] | str:
         below, flipped, shape = stack.pop()
         for node, index in reach.users.get(below, ()):
             name = node.name()
-            result = node._input_metadata[0].shape  # type: ignore[attr-defined]
+            result = _result_shape(node)
             operator = _OPERATORS.get((name, index))
             if operator is not None:
                 if not reach.shared(node):
@@ -147,14 +147,14 @@ def uses_of(leaf: Node, weight: Tensor, reach: Reach) -> list[Use] | str:
 
 
 def most_rows(reach: Reach) -> float:
-    """R of the largest matrix product that several losses reach; infinite where there is a convolution."""
+    """R of the largest matrix product that several losses reach; infinite where there is a convolution, 0 for none."""
     found = 0.0
     for node in reach.order:
         name = node.name()
         if name == "ConvolutionBackward0" and reach.shared(node):
             return math.inf
         if name in ("AddmmBackward0", "MmBackward0") and reach.shared(node):
-            found = max(found, node._input_metadata[0].shape[0])  # type: ignore[attr-defined]
+            found = max(found, _result_shape(node)[0])
     return found
 
 
@@ -171,6 +171,10 @@ def _transposes(node: Any, name: str, num_dims: int) -> bool:
         dims = [_dim(dim, num_dims) for dim in node._saved_dims]
         return dims == [*range(num_dims - 2), num_dims - 1, num_dims - 2]
     return False
+
+
+def _result_shape(node: Any) -> torch.Size:
+    return torch.Size(node._input_metadata[0].shape)
 
 
 def _dim(saved: int, num_dims: int) -> int:

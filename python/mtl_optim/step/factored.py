@@ -280,11 +280,10 @@ class FactoredPlans:
             return True
         if self._passes == "loop" or self._one_by_one or hooked or reach.custom:
             return False
-        if Frontier(reach).nested:
+        rows = most_rows(reach)
+        if rows == 0 or Frontier(reach).nested:
             return False
-        if parameters.managed[0].device.type != "cpu":
-            return True
-        return most_rows(reach) <= _FEW_ROWS
+        return parameters.managed[0].device.type != "cpu" or rows <= _FEW_ROWS
 
 
 def _has_hooks(leaf: Tensor) -> bool:
