@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,11 +15,12 @@ TASKS, BATCH, WIDTH = 4, 8, 64
 Losses = Callable[[Tensor], list[Tensor]]
 """From inputs ``[BATCH, WIDTH]`` to the losses."""
 
-GRAPHS: dict[str, tuple[Callable[[nn.Module], Losses], int]] = {}
-"""By name, what adds parameters to a module and returns its losses, and how many weights are factored."""
+GRAPHS: dict[str, tuple[Callable[[nn.Module], Losses], int | None]] = {}
+"""By name, what adds parameters to a module and returns its losses, and how many weights are factored: -1 where rows
+are whole because parameters are hidden, None where that depends on the build of torch."""
 
 
-def graph(factored: int) -> Callable[[Callable[[nn.Module], Losses]], None]:
+def graph(factored: int | None) -> Callable[[Callable[[nn.Module], Losses]], None]:
     """Adds a graph to the list."""
 
     def add(build: Callable[[nn.Module], Losses]) -> None:
@@ -208,7 +210,7 @@ def recurrent(model: nn.Module) -> Losses:
     return losses
 
 
-@graph(0)
+@graph(None)
 def recurrent_layer(model: nn.Module) -> Losses:
     """One operator, or steps of another size for inputs than for the state."""
     model.layer = nn.LSTM(24, WIDTH)
@@ -402,6 +404,7 @@ def halved_by_hand(model: nn.Module) -> Losses:
     return losses
 
 
+@functools.cache
 def make(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], list[Tensor]]]:
     """A model of the list and what runs it, the same for every dtype."""
     torch.manual_seed(0)

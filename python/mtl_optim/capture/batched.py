@@ -1,4 +1,4 @@
-"""One pass through what several losses share, for all of them at a time."""
+"""Passes through what several losses share, for several of them at a time."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Frontier:
 
     def __init__(self, reach: Reach) -> None:
         self._crossings = reach.crossings()
+        self._leaves = reach.leaves.keys()
         self._arrived: dict[Edge, dict[int, Tensor]] = {}
         edges = {crossing.edge for found in self._crossings for crossing in found}
         starts = {node for node, _ in edges}
@@ -36,30 +37,35 @@ class Frontier:
                 self.nested = self.nested or node in starts
 
     def run(self, k: int, loss: Tensor, own: Sequence[Any]) -> None:
-        """The backward pass of a loss down to the frontier, and to some leaves of its own.
+        """The backward pass of a loss down to the frontier, and to leaves that its own nodes lead to.
 
         The edges get what the loss's own nodes hand over, not what arrives there: that includes what came by way of
-        other edges.
+        other edges. Leaves have their gradient at once.
         """
         crossings = self._crossings[k]
         nodes: dict[Node, list[Crossing]] = {}
+        leaves = list(own)
         for crossing in crossings:
             if crossing.node is None:
                 self._add(k, crossing.edge, torch.ones_like(loss))
+            elif crossing.edge[0] in self._leaves:
+                leaves.append(GradientEdge(*crossing.edge))
             else:
                 nodes.setdefault(crossing.node, []).append(crossing)
         edges = dict.fromkeys(crossing.edge for found in nodes.values() for crossing in found)
-        inputs = [*own, *(GradientEdge(*edge) for edge in edges)]
+        inputs = [*leaves, *(GradientEdge(*edge) for edge in edges)]
         if not inputs:
             return
         hooks = [(node.register_hook, functools.partial(self._hand_over, k, found)) for node, found in nodes.items()]
         with hooked(hooks):
             run_backward(functools.partial(loss.backward, retain_graph=True, inputs=inputs))
 
-    def through(self, targets: Sequence[Any], num_tasks: int, retain_graph: bool) -> Sequence[Tensor | None]:
-        """The gradients of all losses at some leaves and edges, ``[K, ...]`` each; zeros where a loss has none."""
-        edges = list(self._arrived)
-        starts = [_stack(self._arrived.pop(edge), num_tasks) for edge in edges]
+    def through(self, targets: Sequence[Any], tasks: Sequence[int], retain_graph: bool) -> Sequence[Tensor | None]:
+        """The gradients of some losses at some leaves and edges, ``[len(tasks), ...]``; zeros where a loss has none."""
+        edges = [edge for edge, arrived in self._arrived.items() if not arrived.keys().isdisjoint(tasks)]
+        if not edges:
+            return [None] * len(targets)
+        starts = [_stack(self._arrived[edge], tasks) for edge in edges]
         outputs = [GradientEdge(*edge) for edge in edges]
         return torch.autograd.grad(
             outputs, targets, starts, retain_graph=retain_graph, allow_unused=True, is_grads_batched=True
@@ -75,7 +81,8 @@ class Frontier:
         arrived[k] = arrived[k] + grad if k in arrived else grad
 
 
-def _stack(grads: dict[int, Tensor], num_tasks: int) -> Tensor:
-    first = next(iter(grads.values()))
-    zero = first.new_zeros(()).expand_as(first)
-    return torch.stack([grads.get(k, zero) for k in range(num_tasks)])
+def _stack(grads: dict[int, Tensor], tasks: Sequence[int]) -> Tensor:
+    """Those of some losses, which are then gone."""
+    found = [grads.pop(k, None) for k in tasks]
+    first = next(grad for grad in found if grad is not None)
+    return torch.stack([torch.zeros_like(first) if grad is None else grad for grad in found])

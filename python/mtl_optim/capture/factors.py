@@ -8,7 +8,7 @@ Q, at the end. No gradient of the weight is computed for a single task.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -111,7 +111,10 @@ class EmbeddingFactor:
             outside = (self._rows[self._places[use]] == padding).unsqueeze(-1)
             grad = grad.masked_fill(outside, 0)
         by_frequency = node._saved_scale_grad_by_freq  # type: ignore[attr-defined]
-        return torch.ops.aten.embedding_dense_backward(grad, self._places[use], self._rows.numel(), -1, by_frequency)
+        found: Tensor = torch.ops.aten.embedding_dense_backward(
+            grad, self._places[use], self._rows.numel(), -1, by_frequency
+        )
+        return found
 
     def expand(self, combined: Tensor) -> Tensor:
         found = torch.zeros(self._weight.shape, dtype=combined.dtype, device=combined.device)
@@ -157,8 +160,7 @@ def _root_of_products(inputs: Tensor) -> Tensor:
     return torch.where(sizes.isfinite().unsqueeze(-1), left, torch.nan)
 
 
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """What is computed for rows is not for autocast to round."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        yield
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -70,10 +70,10 @@ class Reach:
         bits = self.tasks[node]
         return bits & (bits - 1) != 0
 
-    def tasks_at(self, node: Node) -> list[int]:
-        """The losses that reach a node."""
+    def tasks_at(self, node: Node, some: Iterable[int]) -> list[int]:
+        """Those of some losses that reach a node."""
         bits = self.tasks[node]
-        return [k for k in range(len(self.roots)) if bits >> k & 1]
+        return [k for k in some if bits >> k & 1]
 
     def crossings(self) -> list[list[Crossing]]:
         """Per loss, where its own part of the graph ends."""

@@ -27,6 +27,10 @@ _FEW_ROWS = 64
 the weights to be read, which it reads once."""
 
 
+_AT_ONCE = 8
+"""Tasks of one batched pass: their products fill the machine, and what goes through the graph takes as much memory."""
+
+
 class UnseenUseError(Exception):
     """Factored weights, its arguments, have received gradients that the graph did not show."""
 
@@ -129,23 +133,28 @@ class Factored:
         for k, loss in enumerate(named.values()):
             frontier.run(k, loss, own[k])
             dense.append(take_grads(self.dense.managed))
-        edges = self._edges()
-        found = self._through(frontier, [*edges, *(leaf for _, leaf in common)], tasks, retain_graph)
-        arrived = dict(zip((edge.node for edge in edges), found, strict=False))
         factored: list[dict[int, Tensor]] = [{} for _ in named]
-        for p, uses in self.uses.items():
-            for u, use in enumerate(uses):
-                if (grads := arrived[use.node]) is None:
-                    continue
-                parts = self.factors[p].coordinates(u, grads)
-                for k in reach.tasks_at(use.node):
-                    factored[k][p] = factored[k][p] + parts[k] if p in factored[k] else parts[k]
-        for (node, leaf), grads in zip(common, found[len(edges) :], strict=True):
-            if grads is not None and id(leaf) not in place:
-                add_grads([leaf], [grads.sum(0)])
-            elif grads is not None:
-                for k in reach.tasks_at(node):
-                    dense[k][place[id(leaf)]] = grads[k]
+        edges = self._edges()
+        targets: list[Tensor | GradientEdge] = [*edges, *(leaf for _, leaf in common)]
+        for begin in range(0, tasks, _AT_ONCE):
+            some = range(begin, min(begin + _AT_ONCE, tasks))
+            found = self._through(frontier, targets, some, retain_graph or some.stop < tasks)
+            arrived = dict(zip((edge.node for edge in edges), found, strict=False))
+            for p, uses in self.uses.items():
+                for u, use in enumerate(uses):
+                    if (grads := arrived[use.node]) is None:
+                        continue
+                    parts = self.factors[p].coordinates(u, grads)
+                    for k in reach.tasks_at(use.node, some):
+                        part = parts[k - begin]
+                        factored[k][p] = factored[k][p] + part if p in factored[k] else part
+            for (node, leaf), grads in zip(common, found[len(edges) :], strict=True):
+                if grads is not None and id(leaf) not in place:
+                    add_grads([leaf], [grads.sum(0)])
+                elif grads is not None:
+                    for k in reach.tasks_at(node, some):
+                        before = dense[k][place[id(leaf)]]
+                        dense[k][place[id(leaf)]] = grads[k - begin] if before is None else before + grads[k - begin]
         for k, name in enumerate(named):
             pending.open(name, self.dense.managed, None)
             put_grads(self.dense.managed, dense[k])
@@ -153,7 +162,7 @@ class Factored:
         return factored
 
     def _through(
-        self, frontier: Frontier, targets: Sequence[Tensor | GradientEdge], tasks: int, retain_graph: bool
+        self, frontier: Frontier, targets: Sequence[Tensor | GradientEdge], tasks: Sequence[int], retain_graph: bool
     ) -> Sequence[Tensor | None]:
         leaves = [*self.parameters.managed, *self.dense.others, *self.outside]
         before = take_grads(leaves)
@@ -198,11 +207,12 @@ class FactoredPlans:
         self._unseen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._one_by_one = False
 
-    def make(self, losses: Sequence[Tensor], parameters: Parameters, keep_outside: bool) -> Factored | None:
+    def make(self, losses: Sequence[Tensor], parameters: Parameters, others: bool) -> Factored | None:
         """For a step; None where the graph hides parameters from all passes but ordinary ones.
 
         Args:
             parameters: those that rows are over.
+            others: whether leaves outside them receive the plain sum; else nothing.
 
         Raises:
             ValueError: one pass for all tasks was asked for, and hooks forbid it.
@@ -232,7 +242,7 @@ class FactoredPlans:
             how.append(f"factored: {sum(use.rows for use in uses)} rows")
         places = [p for p in range(len(parameters.managed)) if p not in factors]
         known = set(map(id, (*parameters.managed, *parameters.others)))
-        outside = [] if keep_outside else [leaf for leaf in reach.leaves.values() if id(leaf) not in known]
+        outside = [leaf for leaf in reach.leaves.values() if id(leaf) not in known] if others else []
         dense = parameters.at(places)
         batched = self._batches([*dense.managed, *dense.others, *outside], reach, parameters)
         report = Factoring("batched" if batched else "loop", tuple(how))

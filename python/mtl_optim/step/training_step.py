@@ -242,7 +242,8 @@ class TrainingStep:
         partial = self._partial(named, parameters)
         inside = parameters if partial is None else partial.rows
         plans = self._plans
-        factored = None if plans is None else plans.make(list(named.values()), inside, self._keeps)
+        others = partial is None and not self._keeps
+        factored = None if plans is None else plans.make(list(named.values()), inside, others)
         if plans is not None and factored is None:
             self._advice.once(
                 "unfactored",
