@@ -72,19 +72,19 @@ class MultiTaskOptimizer(OptimizerWrapper):
         granularity: one Gram matrix per "model", per param "group" or per "parameter".
         capture: where the gradients of the tasks are held. "harvest" takes the tensors that autograd made, no copy.
             "arena" copies them into one buffer per dtype, a row for every task ever seen, whose addresses stay the
-            same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs. "factored" takes no
-            gradient of a weight that fewer rows of inputs are multiplied with than 0.4 times their length, but its
-            coordinates in a basis of these inputs: lengths, angles and the combination are the same to rounding,
-            passes are cheaper and need a fraction of the memory of K rows. It is for weights of linear layers (and other
-            products of matrices), embeddings and convolutions of small images; all others have whole rows in the
-            same passes, as do those with hooks. `Report.factoring` tells which and why. Not for methods that combine
-            elements or take several batches, nor with `task` blocks, ``accumulate=True``, ``features=`` or a CUDA graph.
-            Where reentrant checkpointing hides parameters, rows are whole, which is said once.
+            same: ``.grad`` then lies in it too, until the next pass overwrites it. For CUDA graphs.
+            "factored" takes no gradient of a weight whose inputs have few rows (at most 0.4 times as many as columns),
+            but its coordinates in a basis of these inputs: lengths, angles and the combination are the same to
+            rounding, passes are cheaper and need a fraction of the memory of K rows. It is for weights of linear layers
+            (and other products of matrices), embeddings and convolutions of small images; all others have whole rows in
+            the same passes, as do those with hooks. `Report.factoring` tells which and why. Not for methods that
+            combine elements or take several batches, nor with `task` blocks, ``accumulate=True``, ``features=`` or a
+            CUDA graph. Where reentrant checkpointing hides parameters, rows are whole, which is said once.
         passes: of ``capture="factored"``: "loop", a backward pass a task; "batched", passes for up to eight tasks at a
             time (``torch.autograd.grad(is_grads_batched=True)``) through what tasks share, which hooks of parameters do
-            not see; or "auto", which is batched on GPUs, and on CPUs where no product of the graph has more than 64 rows
-            of inputs and there are no convolutions, unless hooks, custom functions or tasks that read several depths
-            speak against it. What "auto" cannot batch has a pass a task from then on, which is said once.
+            not see; or "auto", which is batched on GPUs, and on CPUs where no product of the graph has more than 64
+            rows of inputs and there are no convolutions, unless hooks, custom functions or tasks that read several
+            depths speak against it. What "auto" cannot batch has a pass a task from then on, which is said once.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
             weighted backward pass with the last weights. ``None`` goes by the method's own ``refresh_every``, which is
             1 for most. More than 1 needs granularity="model". A step with other tasks or

@@ -19,14 +19,26 @@ class Frontier:
     """Where the losses' own parts of the graph end, and what arrives there.
 
     Attributes:
+        leaves: per loss, those that its own nodes lead to and that other losses reach as well.
+        mixed: those of them that losses reach by way of the frontier too: no pass ends in one without the other.
         nested: whether some of its edges lead to others, so that the passes to it run through shared parts too.
     """
 
     def __init__(self, reach: Reach) -> None:
-        self._crossings = reach.crossings()
-        self._leaves = reach.leaves.keys()
+        self._crossings: list[list[Crossing]] = []
+        self.leaves: list[list[Tensor]] = []
         self._arrived: dict[Edge, dict[int, Tensor]] = {}
-        edges = {crossing.edge for found in self._crossings for crossing in found}
+        for found in reach.crossings():
+            at_leaf = [one.node is not None and one.edge[0] in reach.leaves for one in found]
+            self._crossings.append([one for one, direct in zip(found, at_leaf, strict=True) if not direct])
+            self.leaves.append([reach.leaves[one.edge[0]] for one, here in zip(found, at_leaf, strict=True) if here])
+        self.mixed = [
+            leaf
+            for node, leaf in reach.leaves.items()
+            if any(leaf is one for leaves in self.leaves for one in leaves)
+            and any(reach.shared(user) for user, _ in reach.users.get(node, ()))
+        ]
+        edges = {crossing.edge for crossings in self._crossings for crossing in crossings}
         starts = {node for node, _ in edges}
         below: set[Node] = set()
         self.nested = False
@@ -37,23 +49,20 @@ class Frontier:
                 self.nested = self.nested or node in starts
 
     def run(self, k: int, loss: Tensor, own: Sequence[Any]) -> None:
-        """The backward pass of a loss down to the frontier, and to leaves that its own nodes lead to.
+        """The backward pass of a loss down to the frontier, and to leaves of its own.
 
         The edges get what the loss's own nodes hand over, not what arrives there: that includes what came by way of
-        other edges. Leaves have their gradient at once.
+        other edges.
         """
         crossings = self._crossings[k]
         nodes: dict[Node, list[Crossing]] = {}
-        leaves = list(own)
         for crossing in crossings:
             if crossing.node is None:
                 self._add(k, crossing.edge, torch.ones_like(loss))
-            elif crossing.edge[0] in self._leaves:
-                leaves.append(GradientEdge(*crossing.edge))
             else:
                 nodes.setdefault(crossing.node, []).append(crossing)
         edges = dict.fromkeys(crossing.edge for found in nodes.values() for crossing in found)
-        inputs = [*leaves, *(GradientEdge(*edge) for edge in edges)]
+        inputs = [*own, *(GradientEdge(*edge) for edge in edges)]
         if not inputs:
             return
         hooks = [(node.register_hook, functools.partial(self._hand_over, k, found)) for node, found in nodes.items()]

@@ -118,17 +118,18 @@ class Factored:
     def _batched(self, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool) -> list[dict[int, Tensor]]:
         """A pass a task through what it has for itself, and one for all of them from there on."""
         tasks, reach, place = len(named), self.reach, {id(param): p for p, param in enumerate(self.dense.managed)}
-        own: list[list[Tensor]] = [[] for _ in named]
-        common: list[tuple[Node, Tensor]] = []
-        wanted = set(map(id, self._leaves()))
-        for node, leaf in reach.leaves.items():
-            if id(leaf) not in wanted:
-                continue
-            if reach.shared(node):
-                common.append((node, leaf))
-            else:
-                own[reach.tasks[node].bit_length() - 1].append(leaf)
         frontier = Frontier(reach)
+        if frontier.mixed:
+            shapes = ", ".join(str(list(leaf.shape)) for leaf in frontier.mixed)
+            raise BatchingError(f"losses use parameters of shapes {shapes} both by themselves and in what they share")
+        wanted = set(map(id, self._leaves()))
+        own = [[leaf for leaf in leaves if id(leaf) in wanted] for leaves in frontier.leaves]
+        common: list[tuple[Node, Tensor]] = []
+        for node, leaf in reach.leaves.items():
+            if id(leaf) in wanted and reach.shared(node):
+                common.append((node, leaf))
+            elif id(leaf) in wanted:
+                own[reach.tasks[node].bit_length() - 1].append(leaf)
         dense: list[Row] = []
         for k, loss in enumerate(named.values()):
             frontier.run(k, loss, own[k])
@@ -291,7 +292,8 @@ class FactoredPlans:
         if self._passes == "loop" or self._one_by_one or hooked or reach.custom:
             return False
         rows = most_rows(reach)
-        if rows == 0 or Frontier(reach).nested:
+        frontier = Frontier(reach)
+        if rows == 0 or frontier.nested or frontier.mixed:
             return False
         return parameters.managed[0].device.type != "cpu" or rows <= _FEW_ROWS
 
