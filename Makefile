@@ -45,8 +45,9 @@ demo: $(DEMO)
 	$(say) training "three methods, about a minute"
 	@$(RUN) -m mtl_optim.cli demo $(ARGS)
 
+# A thread a process: there are as many processes as cores, and more threads wait for each other.
 test: $(READY)
-	$(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/kernels.py $(ARGS)

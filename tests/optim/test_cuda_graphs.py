@@ -59,6 +59,7 @@ class Trainer:
         names = dict(self.model.named_parameters())
         plain = [names.pop("c")] if options.pop("plain", False) else []
         groups = [{"params": [names.pop("trunk"), names.pop("mix")]}, {"params": list(names.values())}]
+        groups[0]["gram"] = not options.pop("partial", False)
         groups += [{"params": plain, "mtl": False}] if plain else []
         inner = torch.optim.AdamW(groups, lr=0.01, fused=True, capturable=device == "cuda")
         self.opt = MultiTaskOptimizer(inner, copy.deepcopy(method), **options)
@@ -103,6 +104,7 @@ class Trainer:
         (MGDA(), {"how": "blocks", "tasks": ["x", "0", "1", "2"]}),
         (PCGrad(reduction="mean"), {"granularity": "parameter", "head_scaling": "weights"}),
         (MGDA(normalize="loss+"), {"granularity": "group", "plain": True}),
+        (PCGrad(seed=5), {"partial": True, "plain": True}),
         (Constant([1.0, 0.5, 2.0]), {"head_scaling": "weights"}),
         (GradDrop(leak=[0.0, 0.5, 1.0]), {"plain": True}),
         (TrimmedMean(1), {"tasks": ["0", "1", "2", "x"]}),
@@ -202,6 +204,8 @@ def test_what_a_capture_may_not_do() -> None:
             pass
         with pytest.raises(RuntimeError, match="refresh_every=2 decides on the host"):
             reusing.backward(losses)
+        with pytest.raises(RuntimeError, match=r"capture=.factored. would look through.*while a CUDA graph is captured"):
+            wrap(model, capture="factored").backward(losses)
         with pytest.raises(RuntimeError, match="closure"):
             opt.step(lambda: None)
         with pytest.raises(RuntimeError, match="GradScaler decides on the host"):

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from awkward import BATCH, GRAPHS, make
-from oracle import uncombined
 from torch import Tensor, nn
 
 from mtl_optim import MGDA, CAGrad, GradDrop, Method, MoDo, MultiTaskOptimizer, PCGrad, Sum, UPGrad, gram_groups
+from optim.awkward import BATCH, GRAPHS, make
+from optim.oracle import uncombined
 
 METHODS: dict[str, Callable[[], Method]] = {
     "pcgrad": lambda: PCGrad(order="fixed"),
