@@ -1,4 +1,4 @@
-"""The roofline picture: bandwidth that each kernel reaches against what the machine gives."""
+"""Pictures: bandwidth of kernels against what the machine gives, times of solvers, steps against K backward passes."""
 
 from __future__ import annotations
 
@@ -116,3 +116,59 @@ def solves(rows: Sequence[dict[str, Any]], path: Path, where: str) -> bool:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
+
+
+def passes(rows: Sequence[dict[str, Any]], path: Path, where: str) -> bool:
+    """Draws steps relative to K backward passes over K, a panel for each network; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if "ratio_to_K_backwards" in row]
+    panels = list(dict.fromkeys(row["network"] for row in rows))
+    if not panels:
+        return False
+    modes = [mode for mode in dict.fromkeys(row["mode"] for row in rows) if mode != "K backwards"]
+    tasks = sorted({row["K"] for row in rows})
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, all_axes = pyplot.subplots(
+        down, across, figsize=(4.2 * across, 3.4 * down + 0.6), squeeze=False, sharex=True, sharey=True
+    )
+    lines: dict[str, Any] = {}
+    for axes, network in zip(all_axes.flat, panels, strict=False):
+        axes.axhline(1, color="black", lw=0.8)
+        for place, mode in enumerate(modes):
+            own = [row for row in rows if row["network"] == network and row["mode"] == mode]
+            points = sorted((row["K"], row["ratio_to_K_backwards"]) for row in own)
+            if points:
+                style = f"{'osD^vP*Xh<>'[place % 11]}{'-' if 'factored' in mode else '--'}"
+                (lines[mode],) = axes.plot(*zip(*points, strict=True), style, color=f"C{place}", ms=5, lw=1.3)
+        axes.set(xscale="log", yscale="log", title=network)
+        axes.title.set_size(9)
+        axes.set_xticks(tasks, [str(num_tasks) for num_tasks in tasks], minor=False)
+        axes.minorticks_off()
+        ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if _among(rows, tick)]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.grid(alpha=0.3)
+    for axes in list(all_axes.flat)[len(panels) :]:
+        axes.set_visible(False)
+    for line in all_axes:
+        line[0].set_ylabel("a step / K backwards")
+    for axes in all_axes[-1]:
+        axes.set_xlabel("K")
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=min(5, len(lines)), fontsize=8)
+    figure.suptitle(f"A training step relative to K backward passes; {where}", fontsize=9)
+    figure.tight_layout(rect=(0, 0.6 / (3.4 * down + 0.6), 1, 1))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def _among(rows: Sequence[dict[str, Any]], tick: float) -> bool:
+    """Whether a tick is near some ratio."""
+    found = [row["ratio_to_K_backwards"] for row in rows]
+    return bool(0.6 * min(found) <= tick <= 1.6 * max(found))

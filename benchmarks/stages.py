@@ -21,6 +21,9 @@ _SIDE_BY_SIDE = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _EVERY = ("tests/kernels", *(f"--ignore=tests/kernels/{name}.py" for name in ("test_triton_compile", "test_cuda")))
 _SOME = ("tests/kernels/test_rows.py",)
 
+_NETWORKS = ("perceptron, 32", "convolutional", "recommender", "encoder, 16 x 64")
+"""Those of `benchmarks/networks.py` that steps are measured on, the quickest first."""
+
 SUITE = "benchmarks/suite.py"
 
 _SOME_PASSED = r"\b[1-9]\d* passed"
@@ -80,6 +83,9 @@ class Plan:
         first = expression(f"triton or {ours}", PICKED) if self.on_gpu else expression(ours, PICKED[:2])
         where = ["--device", self.device, "--output", str(self.out)]
         steps = [] if self.on_gpu else ["--quick", "--tasks", "2"]
+        passes = ["--quick", "--tasks", "8", "40", "--networks", *_NETWORKS]
+        if not self.on_gpu:
+            passes = ["--quick", "--tasks", "2", "--networks", _NETWORKS[0], "--no-memory"]
         kernels = [] if self.on_gpu else ["--tasks", "2", "--max-elements", "2e4", "--repeats", "1"]
         device_tests = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_gpu_device.py", "-m",
                         "gpu", f"--junitxml={self.scratch / 'device.xml'}"]  # fmt: skip
@@ -93,11 +99,13 @@ class Plan:
             # Compares times, so nothing may run beside it.
             Stage("device tests", device_tests, 25, 3, must_print=(_SOME_PASSED,), skipped=self._needs_gpu),
             Stage("step benchmarks", [*python, "benchmarks/steps.py", *where, *steps], 45, 4),
+            Stage("pass benchmarks", [*python, "benchmarks/passes.py", *where, *passes, "--seconds", "{seconds}"],
+                  40, 5),
             Stage("kernel benchmarks", [*python, "benchmarks/gpu.py", *where, *kernels, "--seconds", "{seconds}"],
-                  75, 5, grace=15, stretches=True),
-            self._tests("cuda suite", self._kernels(ours), 2, 55, 6),
-            self._tests("other suite", self._kernels(f"not triton and not ({ours})"), 3, 55, 6),
-            self._tests("gpu tests", ["tests/kernels", "tests/optim", "-m", "gpu"], 8, 55, 6, skipped=self._needs_gpu),
+                  30, 6, grace=15, stretches=True),
+            self._tests("cuda suite", self._kernels(ours), 2, 55, 7),
+            self._tests("other suite", self._kernels(f"not triton and not ({ours})"), 3, 55, 7),
+            self._tests("gpu tests", ["tests/kernels", "tests/optim", "-m", "gpu"], 8, 55, 7, skipped=self._needs_gpu),
             self._sanitizer("memcheck", PICKED, 4),
             self._sanitizer("racecheck", SHARED, 2),
         ]  # fmt: skip
@@ -136,7 +144,7 @@ class Plan:
             command += ["--report-api-errors", "no"]  # of calls that torch tries and catches
         clean = r"ERROR SUMMARY: 0 errors" if tool == "memcheck" else r"RACECHECK SUMMARY: 0 hazards"
         skipped = self._needs_gpu or ("" if program else "compute-sanitizer is not installed")
-        stage = self._tests(tool, self._kernels(expression("cuda", picks)), share, 60, 7, skipped=skipped,
+        stage = self._tests(tool, self._kernels(expression("cuda", picks)), share, 60, 8, skipped=skipped,
                             under=command, must_print=clean, each=60.0)  # fmt: skip
         stage.stretches = True
         if tool == "memcheck":

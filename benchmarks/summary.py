@@ -28,9 +28,11 @@ def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str], since: flo
             shown, more = stage.failed_tests[:_MOST_NAMES], len(stage.failed_tests) - _MOST_NAMES
             lines += ["", f"Failed in {stage.name}: {', '.join(shown)}{f' and {more} more' if more > 0 else ''}"]
     written = sorted(path for path in out.glob("*.csv") if path.stat().st_mtime >= since)
-    steps = [row for path in written if path.name.endswith("-steps.csv") for row in read_csv(path)]
-    rows = [row for path in written if not path.name.endswith("-steps.csv") for row in read_csv(path)]
-    lines += losses(rows, steps)
+    read = {path.name: read_csv(path) for path in written}
+    steps = [row for name, found in read.items() if name.endswith("-steps.csv") for row in found]
+    passes = [row for name, found in read.items() if name.endswith("-passes.csv") for row in found]
+    rows = [row for name, found in read.items() if not name.endswith(("-steps.csv", "-passes.csv")) for row in found]
+    lines += losses(rows, steps, passes)
     for kernel in _TABLES:
         lines += kernel_table(rows, kernel)
     if any(row["backend"] == "triton" for row in rows):
@@ -44,6 +46,7 @@ def summary(wanted: Sequence[Stage], out: Path, facts: Iterable[str], since: flo
     ]
     lines += table("What one call does, K = 8", ("call", "kernels", "copies", "waits", "budget kept"), counted)
     lines += steps_table(steps)
+    lines += passes_table(passes)
     for stage in wanted:
         if stage.result.startswith("failed"):
             lines += ["", f"## The end of: {stage.name}", "", "```", *stage.tail, "```"]
@@ -58,7 +61,7 @@ def failures(wanted: Sequence[Stage]) -> list[str]:
     return [text for line in lines for text in ("", line)]
 
 
-def losses(rows: Sequence[Cells], steps: Sequence[Cells]) -> list[str]:
+def losses(rows: Sequence[Cells], steps: Sequence[Cells], passes: Sequence[Cells]) -> list[str]:
     """Everything that did not go as it should have."""
     wrong = [[*_name(row), row["provider"], row["measure"], row["error"]] for row in _wrong(rows)]
     wrong += [["training step", row["K"], "", "", row["provider"], row["method"], ""] for row in _wrong(steps)]
@@ -69,7 +72,9 @@ def losses(rows: Sequence[Cells], steps: Sequence[Cells]) -> list[str]:
              for row in rows if row["measure"] in ("failed", "missing", "left out")]  # fmt: skip
     notes += [["failed", "training step", row["K"], "", row["method"], "", row["provider"], row["note"]]
               for row in steps if row["note"]]  # fmt: skip
-    if not rows and not steps:
+    notes += [["passes", row["network"], row["K"], "", "", "", row["mode"], row["note"]]
+              for row in passes if row["note"]]  # fmt: skip
+    if not rows and not steps and not passes:
         return []
     if not (wrong or missed or notes):
         return ["", "Nothing was wrong, failed, left out or beyond its budget."]
@@ -126,6 +131,14 @@ def steps_table(steps: Sequence[Cells]) -> list[str]:
     head = ("K", "method", "provider", "ms", "of which combine", "/ K backwards", "budget kept", "kernels", "copies",
             "waits")  # fmt: skip
     return table("Training steps", head, cells)
+
+
+def passes_table(passes: Sequence[Cells]) -> list[str]:
+    """Ways to take a training step against its K backward passes."""
+    columns = ("network", "K", "mode", "median_ms", "ratio_to_K_backwards", "peak_mb", "gradient_error", "factored",
+               "passes")  # fmt: skip
+    head = ("network", "K", "mode", "ms", "/ K backwards", "peak MB", "error of the gradient", "factored", "passes")
+    return table("Passes of a step", head, [[row[name] for name in columns] for row in passes if row["median_ms"]])
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,7 +14,7 @@ from mtl_optim import MGDA, Method, PCGrad
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import checks, kernels, peers, plots, provenance, results, shortcuts, steps
+from benchmarks import checks, kernels, networks, passes, peers, plots, provenance, results, steps
 from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
 from benchmarks.results import OURS, Row, cells, compare, judge
 from benchmarks.timing import Effort, measure, summarize
@@ -232,14 +232,79 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps.timing, "QUICK", BRIEF)
 
 
-def test_shortcuts(tmp_path: Path, capsys: pytest.CaptureFixture[str], brief: None) -> None:
-    assert shortcuts.main(["--tasks", "3", "--quick", "--output", str(tmp_path), "--machine", "here"]) == 0
-    found = {row["way"]: row for row in csv.DictReader((tmp_path / "here-shortcuts.csv").open())}
-    assert float(found["K backwards"]["ratio_to_K_backwards"]) == 1 and float(found["all rows"]["cosine"]) == 0
-    assert all(float(row["median_ms"]) > 0 for row in found.values()) and len(found) == 7
-    assert 0 < float(found["gram=False: first convolution"]["cosine"]) < float(found["features"]["cosine"]) < 2
+SMALL = "perceptron, 32"
+
+
+def run_passes(tmp_path: Path, *modes: str) -> tuple[int, dict[str, dict[str, str]]]:
+    threads = torch.get_num_threads()
+    arguments = ["--tasks", "2", "--networks", SMALL, "--quick", "--no-memory", "--output", str(tmp_path)]
+    try:
+        status = passes.main([*arguments, "--machine", "here", *(["--modes", *modes] if modes else [])])
+    finally:
+        torch.set_num_threads(threads)
+    return status, {row["mode"]: row for row in csv.DictReader((tmp_path / "here-passes.csv").open())}
+
+
+def test_passes(tmp_path: Path, brief: None) -> None:
+    status, found = run_passes(tmp_path)
+    assert status == 0 and set(passes.MODES) - set(passes.PEERS) <= set(found)
+    for mode in set(found) - set(passes.PEERS):
+        row = found[mode]
+        assert 0 < float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]) < 1e5 and not row["note"]
+        assert 0 < float(row["ratio_to_K_backwards"]) < 100 and not row["peak_mb"]
+    assert float(found["K backwards"]["ratio_to_K_backwards"]) == 1
+    for mode in passes.EXACT:
+        assert all(float(found[mode][f"{what}_error"]) < 1e-5 for what in ("gram", "weights", "gradient"))
+    assert {found[mode]["passes"] for mode in passes.EXACT} == {"", "loop", "batched"}
+    assert found["factored, loop"]["factored"].endswith(" of 6") and not found["harvest"]["factored"]
+    for mode in passes.APPROXIMATE:
+        assert 0 < float(found[mode]["cosine"]) < 2 and not found[mode]["gradient_error"]
+    assert (tmp_path / "here-passes.png").stat().st_size > 1000
+
+
+def test_wrong_and_failing_passes_fail_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, brief: None
+) -> None:
+    class Wrong(passes.Ours):
+        def backward(self, losses: list[torch.Tensor], features: torch.Tensor) -> None:
+            super().backward([2 * losses[0], *losses[1:]], features)
+
+    class Failing(passes.Mode):
+        pass
+
+    monkeypatch.setitem(passes.MODES, "harvest", Wrong)
+    monkeypatch.setitem(passes.MODES, "factored", Failing)
+    monkeypatch.setitem(passes.MODES, "TorchJD mtl_backward", Failing)
+    monkeypatch.setitem(sys.modules, "torchjd", passes)
+    status, found = run_passes(tmp_path, "harvest", "factored", "TorchJD mtl_backward")
+    assert status == 1 and capsys.readouterr().out.count("FAULT") == 2
+    assert found["harvest"]["note"].startswith("wrong") and not found["harvest"]["ratio_to_K_backwards"]
+    assert found["factored"]["note"] == found["TorchJD mtl_backward"]["note"] == "NotImplementedError"
+    assert list(found) == ["K backwards", "harvest", "factored", "TorchJD mtl_backward"]
+
+
+def test_kept_rows_are_seen_in_the_peak_memory() -> None:
+    peaks = {mode: passes.peak_apart(SMALL, 4, mode, 1) for mode in ("plain sum", "K backwards")}
+    row = 4e-6 * sum(parameter.numel() for parameter in networks.build(SMALL, 4).trunk.parameters())
+    assert peaks["K backwards"] - peaks["plain sum"] == pytest.approx(3 * row, rel=0.3)
+
+
+def test_an_exact_copy_passes_what_the_network_passes() -> None:
+    network = networks.build(SMALL, 2)
+    exact = networks.exact_copy(network)
+    torch.testing.assert_close(exact.features().float(), network.features())
+    with torch.no_grad():
+        next(exact.trunk.parameters()).neg_()
+    first = torch.nn.Sequential(*list(network.trunk.children())[:2])(network.inputs)
+    copied = torch.nn.Sequential(*list(exact.trunk.children())[:2])(exact.inputs)
+    assert ((copied != 0) == (first > 0)).all() and (copied < 0).any()
+
+
+@pytest.mark.parametrize("arguments", [["--tasks", "1"], ["--threads", "0"], ["--networks", "x"], ["--modes", "x"]])
+def test_bad_options_of_passes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        shortcuts.main(["--tasks", "1"])
+        passes.main(arguments)
+    assert "error" in capsys.readouterr().err
 
 
 def test_wrong_gradients_fail_the_steps(

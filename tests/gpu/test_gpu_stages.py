@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import passes
+from benchmarks.networks import NETWORKS
 from benchmarks.picks import PICKED, SHARED
 from benchmarks.provenance import ROOT
 from benchmarks.stages import KERNEL_NAMES, SECONDS, SUITE, Plan, Stage, seconds_of
@@ -22,12 +24,13 @@ def planned() -> dict[str, Stage]:
 
 def test_what_make_gpu_runs(planned: dict[str, Stage]) -> None:
     assert list(planned) == [
-        "cpu build", "build", "triton suite", "first tests", "device tests", "step benchmarks", "kernel benchmarks",
-        "cuda suite", "other suite", "gpu tests", "memcheck", "racecheck",
+        "cpu build", "build", "triton suite", "first tests", "device tests", "step benchmarks", "pass benchmarks",
+        "kernel benchmarks", "cuda suite", "other suite", "gpu tests", "memcheck", "racecheck",
     ]  # fmt: skip
     build = planned["build"].environment
     assert (build["MTL_KERNELS_CUDA_ARCHS"], build["MTL_KERNELS_CUDA"]) == ("native", "1")
-    assert "{seconds}" in planned["kernel benchmarks"].command and planned["kernel benchmarks"].grace == 15
+    assert all("{seconds}" in planned[f"{name} benchmarks"].command for name in ("pass", "kernel"))
+    assert planned["kernel benchmarks"].grace == 15
     uncached = [each.name for each in planned.values() if "PYTORCH_NO_CUDA_MEMORY_CACHING" in each.environment]
     assert uncached == ["memcheck"]
     tests = [each for each in planned.values() if "pytest" in each.command or SUITE in each.command]
@@ -47,8 +50,9 @@ def test_the_limits_add_up(planned: dict[str, Stage]) -> None:
     names = [[stage.name for stage in phases[phase]] for phase in sorted(phases)]
     assert sum(map(seconds_of, phases.values())) <= SECONDS <= 465
     assert names[:3] == [["cpu build"], ["build", "triton suite"], ["first tests"]], "before anything is measured"
-    assert names[3:6] == [["device tests"], ["step benchmarks"], ["kernel benchmarks"]], "alone"
-    assert names[6:] == [["cuda suite", "other suite", "gpu tests"], ["memcheck", "racecheck"]]
+    alone = ["device tests", "step benchmarks", "pass benchmarks", "kernel benchmarks"]
+    assert names[3:7] == [[name] for name in alone]
+    assert names[7:] == [["cuda suite", "other suite", "gpu tests"], ["memcheck", "racecheck"]]
     assert planned["first tests"].limit <= 60 and planned["first tests"].doubt
     assert [each.name for each in planned.values() if each.stretches] == ["kernel benchmarks", "memcheck", "racecheck"]
 
@@ -130,6 +134,15 @@ def test_the_names_of_our_kernels_hold_what_the_sanitizer_looks_for() -> None:
         pytest.skip("mtl_kernels._cuda was not built")
     found = re.findall(rb"_ZN\w*(?:gram_triangle|gram_tensor|combine|solve_batch)\w*Args\w*", module.read_bytes())
     assert found and all(KERNEL_NAMES.encode() in name for name in found)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_options_of_the_passes_are_known(device: str) -> None:
+    planned = {stage.name: stage for stage in Plan(Path("out"), Path("scratch"), 16, device).stages()}
+    command = planned["pass benchmarks"].command
+    given = [word.replace("{seconds}", "25") for word in command[command.index("benchmarks/passes.py") + 1 :]]
+    options = passes.parse(given)
+    assert options.device == device and options.seconds == 25 and set(options.networks) <= set(NETWORKS)
 
 
 def test_a_dry_run_plans_the_same_stages(planned: dict[str, Stage]) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from benchmarks import passes
 from benchmarks.results import OURS, Row, write_csv
 from benchmarks.stages import Stage
 from benchmarks.steps import COLUMNS
@@ -106,6 +107,17 @@ def test_calls_and_steps_have_their_tables(tmp_path: Path) -> None:
     assert "| pcgrad_step | 8 | float32 | latency | 21 | 30 | True | torch PCGrad loop | 210 | 10.00 |" in text
     assert "| min_norm | 8 | float64 | call | 9 |" in text
     assert "| 3 | pcgrad | mtl-kernels | 9 |  | 1.02 |" in text
+
+
+def test_passes_have_their_table_and_their_losses(tmp_path: Path) -> None:
+    rows = [
+        {"network": "encoder", "K": 8, "mode": "factored", "median_ms": 12.0, "ratio_to_K_backwards": 0.5},
+        {"network": "encoder", "K": 40, "mode": "harvest", "note": "RuntimeError: illegal access"},
+    ]
+    passes.write(rows, {}, tmp_path / "card-passes.csv")
+    text = summary([], tmp_path, [])
+    assert "## Passes of a step" in text and "| encoder | 8 | factored | 12 | 0.5 |" in text
+    assert "| passes | encoder | 40 |  |  |  | harvest | RuntimeError: illegal access |" in text
 
 
 def test_a_stage_that_failed_shows_its_end(tmp_path: Path) -> None:
