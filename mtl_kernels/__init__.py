@@ -24,7 +24,7 @@ from .ops import (
     update_average,
 )
 from .rng import rng_state
-from .rows import MAX_TASKS, RowTable
+from .rows import MAX_TASKS, Part, RowTable
 from .solution import Solution
 from .solvers import *  # noqa: F403
 from .solvers import __all__ as _solvers
@@ -32,6 +32,7 @@ from .version import __version__
 
 __all__ = [
     "MAX_TASKS",
+    "Part",
     "RowTable",
     "Solution",
     "SolverCall",

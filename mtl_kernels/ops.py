@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import run
+from .angles import cosines, norms
 from .call import ColumnCall, SolverCall, StateCall
 from .library import flat_call, flatten
-from .rows import MAX_TASKS, Row, RowTable
+from .rows import MAX_TASKS, Part, Row, RowTable
 
 _PLAIN = frozenset({Tensor, type(None)})
 
@@ -43,6 +44,18 @@ def gram(
         TypeError, ValueError: rows that do not fit together (see `RowTable`), or groups that do not fit the rows.
         RuntimeError: the backend asked for is not available.
     """
+    if isinstance(rows, RowTable) and rows.part is not None:
+        return _gram_of_part(rows, rows.part, groups, backend)
+    return _gram(rows, groups, backend)
+
+
+def _gram_of_part(table: RowTable, part: Part, groups: Sequence[int] | None, backend: str | None) -> Tensor:
+    """That of the rows of which some are here."""
+    return part.total(_gram(table.counted(), groups, backend))
+
+
+def _gram(rows: Tensor | Sequence[Row] | RowTable, groups: Sequence[int] | None, backend: str | None) -> Tensor:
+    """That of the rows that are here."""
     if _eager():
         rows = _as_table(rows)
         if rows.plain:
@@ -74,10 +87,11 @@ def cross_gram(
     """
     a, b = _row_list(rows_a), _row_list(rows_b)
     captured = all(isinstance(rows, RowTable) and rows.captured for rows in (rows_a, rows_b))
+    part = rows_a.part if isinstance(rows_a, RowTable) else None
 
     def block(some_a: Sequence[Row], some_b: Sequence[Row]) -> Tensor:
         both = [*some_a, *some_b]
-        table = RowTable(both, captured=True) if captured and _eager() else both
+        table = both if part is None and not (captured and _eager()) else RowTable(both, captured=captured, part=part)
         return gram(table, groups=groups, backend=backend)[..., : len(some_a), len(some_a) :]
 
     if len(a) + len(b) <= MAX_TASKS:
@@ -118,6 +132,9 @@ def statistics(
     backend: str | None = None,
 ) -> Statistics:
     """`gram`, `norms` and `cosines` of the rows, from a single launch on a GPU; arguments and errors as for `gram`."""
+    if isinstance(rows, RowTable) and rows.part is not None:
+        found = _gram_of_part(rows, rows.part, groups, backend)
+        return Statistics(found, norms(found), cosines(found))
     if _eager():
         rows = _as_table(rows)
         if rows.plain:
@@ -148,6 +165,9 @@ def gram_solve(
         TypeError, ValueError, RuntimeError: as `gram` and `solve`.
     """
     _check_call(call)
+    if isinstance(rows, RowTable) and rows.part is not None:
+        whole = _gram_of_part(rows, rows.part, groups, backend)
+        return (whole, *solve(whole, call, backend=backend))
     if _eager():
         rows = _as_table(rows)
         if rows.plain and _plain(call.active, call.rng, call.inputs, call.state):

@@ -6,9 +6,9 @@ parameter. A dense ``[K, N]`` tensor is the case P = 1. Rows are never copied in
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,20 @@ def _plain_and_alike(rows: Sequence[Row], columns: Sequence[Sequence[Tensor | No
     return dtypes <= DTYPE_CODES.keys()
 
 
+class Part(NamedTuple):
+    """What makes a whole of rows of which a table has a part, as every rank of a distributed run has one.
+
+    Attributes:
+        total: from a Gram matrix (or products of rows) ``[..., K, K]`` of this part that of the whole. It is called
+            once for every one that is taken, in the same order on all ranks.
+        counted: length P, the parameters that this part has to count; others are counted in another part, and are
+            combined here alone. None counts all.
+    """
+
+    total: Callable[[Tensor], Tensor]
+    counted: Sequence[bool] | None = None
+
+
 class RowTable:
     """K rows over P parameters, validated once and read by `gram` and `combine` alike.
 
@@ -94,6 +108,8 @@ class RowTable:
         captured: the rows are gradients as one capture took them: dense tensors that require no grad, those of a
             parameter of one shape and device, no two of which share memory. What follows from that is not checked, and
             `combine` need not look before it writes to one of them.
+        part: where these rows are a part of longer ones: what `gram` and all that goes by it then take the Gram matrix
+            of the whole from. Elementwise operations go by the part.
 
     A parameter whose tensors are laid out alike and fill their memory (contiguous, channels-last, ...) is read in
     place. Only tensors for which that does not hold (expanded, sliced, of differing layouts) are made contiguous.
@@ -127,6 +143,7 @@ class RowTable:
         "like",
         "num_params",
         "num_tasks",
+        "part",
         "plain",
     )
 
@@ -136,14 +153,15 @@ class RowTable:
     dense: bool
     captured: bool
     plain: bool
+    part: Part | None
     like: list[Tensor | None]
     """Per parameter, the first task's tensor that is there: the model of its output."""
 
     kept: dict[str, tuple[Hashable, Any]]
     """What a backend keeps of its last launches over the table."""
 
-    def __init__(self, rows: Tensor | Sequence[Row], *, captured: bool = False) -> None:
-        self.captured = captured
+    def __init__(self, rows: Tensor | Sequence[Row], *, captured: bool = False, part: Part | None = None) -> None:
+        self.captured, self.part = captured, part
         self.plain = True
         self._matrix: Tensor | None = None
         self._entries: list[list[Tensor | None]] | None = None
@@ -247,6 +265,14 @@ class RowTable:
             if tensor.stride() != stride:
                 column[k] = torch.empty_like(like).copy_(tensor)
         return column
+
+    def counted(self) -> RowTable:
+        """The rows that a Gram matrix of this part is of: without what other parts count."""
+        counted = None if self.part is None else self.part.counted
+        if counted is None or all(counted):
+            return self
+        rows = [[t if here else None for t, here in zip(row, counted, strict=True)] for row in self.entries]
+        return RowTable(rows, captured=self.captured)
 
     @property
     def entries(self) -> list[list[Tensor | None]]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .cuda_graphs import refuse_capture
+from .distributed.find import check_added, check_several, find_ranks
+from .distributed.ranks import Ranks
 from .methods import Method
 from .monitor.report import Report
 from .options import Options, check_param_groups, check_saved, wrapped_optimizers
@@ -85,6 +87,15 @@ class MultiTaskOptimizer(OptimizerWrapper):
             not see; or "auto", which is batched on GPUs, and on CPUs where no product of the graph has more than 64
             rows of inputs and there are no convolutions, unless hooks, custom functions or tasks that read several
             depths speak against it. What "auto" cannot batch has a pass a task from then on, which is said once.
+        data_parallel: where every rank of a run has all parameters and a batch of its own, the
+            `torch.nn.parallel.DistributedDataParallel` model or the process group: rows are then those of the mean
+            over the ranks, weights the same on all of them to the bit, and gradients those of one process with all
+            batches. The reducer of the model is kept out for as long as this optimizer lives. Parameters sharded with
+            fully_shard (FSDP2) or tensor parallel are seen by themselves. In a run of several ranks one of them is
+            needed, or ``False`` where ranks train apart. All ranks have to run the same tasks in the same order.
+        reduce: with replicated parameters, "scatter" leaves a rank a piece of every row, and sends (K + 1) N (R - 1) /
+            R elements for K tasks, N shared parameters and R ranks; "all" leaves whole rows on all of them, and sends
+            2 K N (R - 1) / R.
         refresh_every: compute the weights at every n-th call of `backward` only; the calls between run one
             weighted backward pass with the last weights. ``None`` goes by the method's own ``refresh_every``, which is
             1 for most. More than 1 needs granularity="model". A step with other tasks or
@@ -123,6 +134,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         granularity: str = "model",
         capture: str = "harvest",
         passes: str = "auto",
+        data_parallel: Any = None,
+        reduce: str = "scatter",
         refresh_every: int | None = None,
         outside: str = "sum",
         share_every: int | None = None,
@@ -144,11 +157,12 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 "param groups of gram=False, and there are none; see gram_groups()"
             )
         super().__init__(optimizers)
-        self._start(Progress(names or ()), set())
+        self._start(Progress(names or ()), set(), find_ranks(data_parallel, reduce, groups, self))
+        check_several(self._ranks, self.options)
 
-    def _start(self, progress: Progress, told: set[str]) -> None:
-        self._told = told
-        self._training = TrainingStep(self.optimizers, self.options, progress, told)
+    def _start(self, progress: Progress, told: set[str], ranks: Ranks) -> None:
+        self._told, self._ranks = told, ranks
+        self._training = TrainingStep(self.optimizers, self.options, progress, told, ranks)
 
     @property
     def method(self) -> Method:
@@ -310,6 +324,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         if isinstance(param_group, dict) and "params" in param_group:
             check_param_groups([param_group])
             check_partial([param_group], self.method)
+            check_added(self._ranks, [param_group])
         self.optimizers[0].add_param_group(param_group)
         self._training.progress.reusable = None
 
@@ -406,7 +421,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizers, self.options = state["optimizers"], state["options"]
         self._share()
-        self._start(state["progress"], state["_told"])
+        groups = [group for one in self.optimizers for group in one.param_groups]
+        self._start(state["progress"], state["_told"], find_ranks(None, "scatter", groups, self))
 
     def __repr__(self) -> str:
         wrapped = "\n".join(map(repr, self.optimizers))

@@ -7,11 +7,9 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from .capture import CAPTURES
-from .distributed.local import check_whole
 from .losses import LossCombination, SumOfTerms
 from .methods import Method, available
 from .methods.base import check_choice
@@ -125,15 +123,11 @@ def wrapped_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Opti
 
 
 def check_param_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise for a param group whose ``mtl`` is not a bool, or that holds sharded parameters."""
+    """Raise for a param group whose ``mtl`` is not a bool."""
     for g, group in enumerate(groups):
         mtl = group.get("mtl", True)
         if not isinstance(mtl, bool):
             raise TypeError(f"param group {g} has mtl={mtl!r}; expected True (combined) or False (plain sum)")
-        params = group["params"]
-        for param in [params] if isinstance(params, Tensor) else params:
-            if mtl:
-                check_whole(param[1] if isinstance(param, tuple) else param)
 
 
 def _check_factored(method: Method) -> None:

@@ -202,10 +202,13 @@ def test_sharded_parameters(tmp_path: Path) -> None:
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh))
-        with pytest.raises(RuntimeError, match="DTensor"):
-            MultiTaskOptimizer(sgd(sharded), Sum())
+        groups = [{"params": [sharded]}, {"params": [nn.Parameter(torch.ones(2))]}]
+        with pytest.raises(ValueError, match="plain tensors beside DTensors"):
+            MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.1), Sum())
+        with pytest.raises(ValueError, match="data_parallel= is for replicated parameters"):
+            MultiTaskOptimizer(sgd(sharded), Sum(), data_parallel=torch.distributed.group.WORLD)
         opt = MultiTaskOptimizer(sgd(), Sum())
-        with pytest.raises(RuntimeError, match="mtl=False"):
+        with pytest.raises(RuntimeError, match=r"a DTensor beside plain tensors.*mtl=False"):
             opt.add_param_group({"params": [sharded]})
         assert len(opt.param_groups) == 1
         opt.add_param_group({"params": [sharded], "mtl": False})

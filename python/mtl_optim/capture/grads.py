@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,12 @@ def is_plain(tensor: Tensor) -> bool:
 def grad_dtype(param: Tensor) -> torch.dtype:
     """That of a parameter's gradient."""
     return getattr(param, "grad_dtype", None) or param.dtype
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """What holds the elements that are here: the shard of a DTensor, any other tensor itself."""
+    found: Tensor = tensor if type(tensor) is Tensor or not hasattr(tensor, "to_local") else tensor.to_local()
+    return found
 
 
 def as_real(tensor: Tensor | None) -> Tensor | None:
@@ -87,9 +93,13 @@ class Isolation:
         put_grads(self._managed, self._managed_grads)
         put_grads(self._others, self._other_grads)
 
-    def finish(self, keep_others: bool = False) -> None:
-        """Puts the managed gradients back; the others keep what autograd has added, unless they too are kept."""
+    def finish(self, keep_others: bool = False, reduce: Callable[[Row], Row] | None = None) -> None:
+        """Puts the managed gradients back; the others keep what autograd has added, unless they too are kept.
+
+        Args:
+            reduce: what becomes of what is added.
+        """
         added = take_grads(self._others)
         self.undo()
         if not keep_others:
-            add_grads(self._others, added)
+            add_grads(self._others, added if reduce is None else reduce(added))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .grads import Row, RowKey, is_plain, put_grads, take_grads
+from .grads import Row, RowKey, is_plain, memory_of, put_grads, take_grads
 
 _ByStorage = dict[int, list[Tensor]]
 """Tensors by the address of their storage: only those in one storage can overlap."""
@@ -61,23 +61,29 @@ class Harvest:
                 grad = row[p] = self._densify(grad)
             elif grad.requires_grad:
                 grad = row[p] = grad.detach()
-            storage = grad.untyped_storage()
+            memory = memory_of(grad)
+            storage = memory.untyped_storage()
             key = storage.data_ptr()
             if key == 0:
                 continue
             if key in self._taken or key in self._visible:
-                lost = [owner for owner in self._taken.get(key, ()) if owner is not before and _overlap(grad, owner)]
+                lost = [
+                    owner
+                    for owner in self._taken.get(key, ())
+                    if owner is not before and _overlap(memory, memory_of(owner))
+                ]
                 self._overwritten += lost
                 if lost:
                     spoiled = spoiled or (p, "a row of this step")
-                elif any(_meet(_span(grad), other) for other in self._visible.get(key, ())):
+                elif any(_meet(_span(memory), other) for other in self._visible.get(key, ())):
                     spoiled = spoiled or (p, "a gradient of an earlier step, which zero_grad() would let go of")
             if key in mine or key in staying:
-                if any(_overlap(grad, other) for other in (*mine.get(key, ()), *staying.get(key, ()))):
+                if any(_overlap(memory, memory_of(other)) for other in (*mine.get(key, ()), *staying.get(key, ()))):
                     grad = row[p] = grad.clone()
-                    storage = grad.untyped_storage()
+                    memory = memory_of(grad)
+                    storage = memory.untyped_storage()
                     key = storage.data_ptr()
-            if grad.nbytes < storage.nbytes():
+            if memory is grad and grad.nbytes < storage.nbytes():
                 # Others may lie beside it: with a version counter of its own, a change to them is none to the row.
                 grad = row[p] = grad.data
             mine.setdefault(key, []).append(grad)

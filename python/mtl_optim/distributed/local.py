@@ -1,27 +1,55 @@
-"""One process with whole parameters, which is all that is handled in this version."""
+"""One process with whole parameters; in a run of several ranks a refusal that says what is missing."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..capture.grads import Row
+from .ranks import Reduced
 
 
-def check_single_rank() -> None:
-    """Raise RuntimeError in a distributed run."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and (ranks := distributed.get_world_size()) > 1:
-        raise RuntimeError(
-            f"this process is one of {ranks} ranks, and gradients across ranks are not handled in this "
-            "version: the Gram matrix of one rank's gradients is not that of the mean gradient, so every "
-            "rank would combine differently. Run on one rank, or call loss.backward() on the summed loss and "
-            "step the wrapped optimizer"
-        )
+class Local:
+    """Gradients that are those of the step as they are.
 
+    Args:
+        apart: whether the ranks of the run, if there are several, are said to train apart.
+    """
 
-def check_whole(param: object) -> None:
-    """Raise RuntimeError for a sharded parameter."""
-    if any(cls.__name__ == "DTensor" and cls.__module__.startswith("torch.") for cls in type(param).__mro__):
-        raise RuntimeError(
-            "sharded parameters (DTensor: FSDP2, tensor parallel) are not handled in this version: "
-            "the Gram matrix of the local shards is not that of the whole gradients. Train without "
-            "sharding, or put them in a param group with mtl=False"
-        )
+    several = hides = False
+
+    def __init__(self, apart: bool = False) -> None:
+        self._apart = apart
+
+    def check(self, point: str) -> None:
+        """Raise RuntimeError in a distributed run: nothing says how gradients are reduced."""
+        if self._apart or not (dist.is_available() and dist.is_initialized()):
+            return
+        if (ranks := dist.get_world_size()) > 1:
+            raise RuntimeError(
+                f"this process is one of {ranks} ranks, and nothing says how gradients are reduced over them: the Gram "
+                "matrix of one rank's gradients is not that of the mean gradient, so every rank would combine "
+                "differently. Pass data_parallel= to MultiTaskOptimizer: the DistributedDataParallel model, or the "
+                "process group of replicated modules; or data_parallel=False where ranks train apart. Parameters that "
+                "are sharded with fully_shard (FSDP2) need nothing"
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Nobody to tell."""
+
+    def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
+        return [Reduced([*rows], [], []) for rows in batches]
+
+    def total(self, gram: Tensor) -> Tensor:
+        return gram
+
+    def expand(self, grads: Row, reduced: Reduced, params: Sequence[Tensor]) -> Row:
+        return grads
+
+    def average(self, grads: Row, params: Sequence[Tensor]) -> Row:
+        return grads
+
+    def mean(self, values: Tensor) -> Tensor:
+        return values

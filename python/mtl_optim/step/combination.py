@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 import mtl_kernels
-from mtl_kernels import RowTable
+from mtl_kernels import Part, RowTable
 
 from ..capture.grads import Row, as_real
 from ..cuda_graphs import capturing, refuse_capture
@@ -55,6 +55,8 @@ class Combiner:
         losses: Tensor | None,
         earlier: Sequence[Sequence[Row]] = (),
         share: bool = False,
+        total: Callable[[Tensor], Tensor] | None = None,
+        counted: Sequence[bool] = (),
     ) -> Combined:
         """Combines K rows over P parameters, writing into the rows.
 
@@ -64,7 +66,13 @@ class Combiner:
             earlier: rows of the step's other batches, for methods that take several; ``rows`` are those of the last,
                 which alone say what is shared.
             share: whether to compare the Gram matrix with that over all parameters, where the rows hold them.
+            total, counted: see `mtl_kernels.Part`; None where the rows are whole.
         """
+
+        def table_of(rows: Sequence[Row], places: Sequence[int]) -> RowTable:
+            part = None if total is None else Part(total, [counted[p] for p in places])
+            return RowTable([[as_real(row[p]) for p in places] for row in rows], captured=True, part=part)
+
         options, method = self._options, self._options.method.bound_to(tasks)
         group_of = parameters.group_of
         reached_by = [[k for k, row in enumerate(rows) if row[p] is not None] for p in range(len(group_of))]
@@ -76,7 +84,7 @@ class Combiner:
         together = {*shared, *rest}
         owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
         if method.needs_heads and shared:
-            method = method.with_heads(self._head_norms(tasks, rows, owner, parameters.managed))
+            method = method.with_heads(self._head_norms(tasks, rows, owner, parameters.managed, table_of))
         grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
         if not shared:
             report = self._nothing_shared(tasks, rows)
@@ -90,7 +98,7 @@ class Combiner:
         groups, problems = self._problems(shared, group_of)
         pattern = _pattern(shared, groups, reached_by, len(tasks))
         batches = (*earlier, rows)
-        tables = [RowTable([[as_real(row[p]) for p in shared] for row in batch], captured=True) for batch in batches]
+        tables = [table_of(batch, shared) for batch in batches]
         table = tables[-1]
         kernel_groups = None if options.granularity == "model" else groups
         mask = self._mask(pattern, table.device)
@@ -111,7 +119,7 @@ class Combiner:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
             _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, report)
         if share and (several := [p for p in rest if len(reached_by[p]) > 1]):
-            others = mtl_kernels.gram(RowTable([[as_real(row[p]) for p in several] for row in rows], captured=True))
+            others = mtl_kernels.gram(table_of(rows, several))
             partial, present = (found.gram, active) if active.dim() == 1 else (found.gram.sum(0), active.any(0))
             report = dataclasses.replace(report, gram_share=GramShare.of(partial, others, present))
         _weigh_rest(grads, rows, rest, report)
@@ -138,7 +146,12 @@ class Combiner:
         return found
 
     def _head_norms(
-        self, tasks: tuple[str, ...], rows: Sequence[Row], owner: Sequence[int | None], managed: Sequence[Tensor]
+        self,
+        tasks: tuple[str, ...],
+        rows: Sequence[Row],
+        owner: Sequence[int | None],
+        managed: Sequence[Tensor],
+        table_of: Callable[[Sequence[Row], Sequence[int]], RowTable],
     ) -> Tensor:
         """The norm of each task's gradient for the parameters that it alone reaches, float64 ``[K]``.
 
@@ -154,8 +167,8 @@ class Combiner:
                     "no parameter of its own; heads in param groups with mtl=False are not seen. GradNormBalance() "
                     "takes no heads"
                 )
-        table = RowTable([[as_real(row[p]) if owner[p] == k else None for p in heads] for k, row in enumerate(rows)])
-        return mtl_kernels.norms(mtl_kernels.gram(table))
+        own: list[Row] = [[grad if owner[p] == k else None for p, grad in enumerate(row)] for k, row in enumerate(rows)]
+        return mtl_kernels.norms(mtl_kernels.gram(table_of(own, heads)))
 
     def _problems(self, shared: Sequence[int], group_of: Sequence[int]) -> tuple[list[int], tuple[int, ...]]:
         """The problem of each shared parameter, and what the problems stand for."""

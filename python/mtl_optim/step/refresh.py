@@ -105,6 +105,15 @@ class Reusable:
         weighted = [leaf for leaf in leaves if id(leaf) in weighted_ids]
         return weighted_passes(losses, list(self.weights), weighted if plain or keep_outside else None, plain)
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether there are parameters that a single task reaches."""
+        return any(k is not None for k in self.owner)
+
+    def whole_pass(self, named: Mapping[str, Tensor]) -> list[Pass]:
+        """The backward pass that gives everything the weighted sum."""
+        return weighted_passes([named[name] for name in self.present], list(self.weights), None, [])
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and a tensor."""
         fields = {"present": list(self.present), "weights": self.weights.clone()}

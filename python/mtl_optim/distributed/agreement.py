@@ -1,0 +1,82 @@
+"""What ranks tell each other on the host before they go into collectives that all of them have to be in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .ranks import RanksDisagreeError
+
+
+class Agreement:
+    """An exchange of small values between the ranks of a group, on the host: nothing waits for a GPU.
+
+    It has a group of its own, of gloo, so that what one rank says of an error does not meet a collective of others.
+
+    Args:
+        group: the ranks; None for all.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = dist.group.WORLD if group is None else group
+        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        ranks = dist.get_process_group_ranks(self.group)
+        self._host = dist.new_group(ranks, timeout=_timeout(self.group), backend="gloo", use_local_synchronization=True)
+
+    def exchange(self, what: str, value: Any = None) -> list[Any]:
+        """The values of all ranks, in their order.
+
+        Raises:
+            RanksDisagreeError: another rank is somewhere else: at another call, of other tasks, or it has failed.
+        """
+        mine = (what, value)
+        found: list[tuple[str, Any]] = [mine] * self.size
+        dist.all_gather_object(found, mine, group=self._host)
+        failed = [(rank, text) for rank, (there, text) in enumerate(found) if there == _FAILED]
+        if failed:
+            rank, text = failed[0]
+            raise RanksDisagreeError(f"rank {rank} failed: {text}. No rank has changed its gradients")
+        if any(there != what for there, _ in found):
+            raise RanksDisagreeError(f"the ranks are at different points of a step: {_listed([w for w, _ in found])}")
+        return [value for _, value in found]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """That of all ranks, added in their order: the same bits on all of them."""
+        parts = values.new_empty(self.size * values.numel())
+        dist.all_gather_into_tensor(parts, values.contiguous().view(-1), group=self.group)
+        return parts.view(self.size, *values.shape).sum(0)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the other ranks, at their next exchange, that this one will not be there."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, (_FAILED, f"{type(error).__name__}: {error}"), group=self._host)
+
+
+_FAILED = "failed"
+
+
+def _timeout(group: ProcessGroup | None) -> timedelta | None:
+    """That of a group; None where its backend does not tell."""
+    if group is None:
+        return None
+    for device in ("cpu", "cuda"):
+        try:
+            found = group._get_backend(torch.device(device)).options._timeout
+        except (RuntimeError, AttributeError):
+            continue
+        return found if isinstance(found, timedelta) else None
+    return None
+
+
+def _listed(points: Sequence[str]) -> str:
+    """Which ranks are where."""
+    ranks: dict[str, list[int]] = {}
+    for rank, point in enumerate(points):
+        ranks.setdefault(point, []).append(rank)
+    return "; ".join(f"rank {', '.join(map(str, which))}: {point}" for point, which in ranks.items())

@@ -1,0 +1,141 @@
+"""How gradients lie on the ranks of a run, from what the user says and what parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from ..methods.base import check_choice
+from ..methods.rows import RowMethod
+from ..options import Options
+from .local import Local
+from .ranks import Ranks
+
+OWNER = "MultiTaskOptimizer"
+
+
+def find_ranks(data_parallel: Any, reduce: str, groups: Iterable[Mapping[str, Any]], owner: object) -> Ranks:
+    """What a step goes by.
+
+    Args:
+        data_parallel, reduce: see `MultiTaskOptimizer`.
+        groups: the param groups.
+        owner: as long as it lives, the reducer of a DistributedDataParallel model is kept out.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: neither a model nor a process group; parameters that are sharded and
+            declared as replicated, or sharded in a way that is not handled.
+    """
+    check_choice(OWNER, "reduce", reduce, ("scatter", "all"))
+    params = [param for group in groups if group.get("mtl", True) for param in group["params"]]
+    for param in params:
+        _refuse(param)
+    sharded = [_is_dtensor(param) for param in params]
+    if any(sharded):
+        return _sharded(data_parallel, params, sharded)
+    if data_parallel is None or data_parallel is False:
+        return Local(data_parallel is False)
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"{OWNER}: data_parallel= without a process group; call torch.distributed.init_process_group() first"
+        )
+    from torch.nn.parallel import DistributedDataParallel
+
+    from .ddp import take_over
+    from .replicated import Replicated
+
+    if isinstance(data_parallel, DistributedDataParallel):
+        known = set(map(id, data_parallel.parameters()))
+        if params and not any(id(param) in known for param in params):
+            raise ValueError(
+                f"{OWNER}: data_parallel= is a model that holds none of the parameters of the optimizer; pass the "
+                "DistributedDataParallel model that they are of"
+            )
+        if data_parallel.static_graph:
+            raise ValueError(
+                f"{OWNER}: data_parallel= is a model with static_graph=True, whose reducer does not let go of the "
+                "first backward pass; build it without, which changes nothing here"
+            )
+        take_over(data_parallel, owner)
+        return Replicated(data_parallel.process_group, reduce)
+    if isinstance(data_parallel, dist.ProcessGroup):
+        return Replicated(data_parallel, reduce)
+    raise TypeError(
+        f"{OWNER}: expected data_parallel as a DistributedDataParallel model, a process group, or False for ranks that "
+        f"train apart, found {data_parallel!r}"
+        + ("; wrap the model, or pass torch.distributed.group.WORLD" if isinstance(data_parallel, Module) else "")
+    )
+
+
+def check_several(ranks: Ranks, options: Options) -> None:
+    """Raise ValueError for options that are not for several ranks."""
+    if not ranks.several:
+        return
+    if options.capture == "factored":
+        raise ValueError(
+            f'{OWNER}: capture="factored" on several ranks: rows of the mean over the ranks have no common '
+            'coordinates; use capture="harvest"'
+        )
+    if isinstance(options.method, RowMethod):
+        raise ValueError(
+            f"{OWNER}: {type(options.method).__name__} combines elements of rows, of which a rank has a part; methods "
+            "that go by the Gram matrix are handled on several ranks"
+        )
+    if ranks.hides and (options.outside == "keep" or options.capture == "arena"):
+        raise ValueError(
+            f'{OWNER}: outside="keep" and capture="arena" name parameters to passes that do not see sharded ones; '
+            "leave them at their defaults"
+        )
+
+
+def check_added(ranks: Ranks, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError for parameters that lie on the ranks in another way than those that are there."""
+    for group in groups:
+        for param in group["params"] if group.get("mtl", True) else ():
+            _refuse(param)
+            if _is_dtensor(param) != ranks.hides:
+                raise RuntimeError(
+                    f"{OWNER}: a parameter of shape {list(param.shape)} is "
+                    + ("a plain tensor beside DTensors" if ranks.hides else "a DTensor beside plain tensors")
+                    + "; build the optimizer with all parameters, or add it with mtl=False"
+                )
+
+
+def _sharded(data_parallel: Any, params: list[Tensor], sharded: list[bool]) -> Ranks:
+    from .sharded import Sharded
+
+    if data_parallel is not None:
+        raise ValueError(
+            f"{OWNER}: data_parallel= is for replicated parameters, and these are DTensors, whose gradients the "
+            "framework reduces; leave it out"
+        )
+    if not all(sharded):
+        shapes = [list(param.shape) for param, is_one in zip(params, sharded, strict=True) if not is_one]
+        raise ValueError(
+            f"{OWNER}: parameters of shapes {', '.join(map(str, shapes[:4]))} are plain tensors beside DTensors, so "
+            "that nothing says how their gradients are reduced; call fully_shard() on the root module too, or put them "
+            "in a param group with mtl=False"
+        )
+    return Sharded()
+
+
+def _is_dtensor(param: object) -> bool:
+    return any(cls.__name__ == "DTensor" and cls.__module__.startswith("torch.") for cls in type(param).__mro__)
+
+
+def _refuse(param: Tensor) -> None:
+    """Raise RuntimeError for what other libraries shard."""
+    if type(param).__name__ == "FlatParameter" or hasattr(param, "_is_flat_param"):
+        raise RuntimeError(
+            f"{OWNER}: parameters of FullyShardedDataParallel (FSDP1), which takes one backward pass a forward pass: a "
+            "second one on the retained graph fails or is wrong. Use fully_shard (FSDP2)"
+        )
+    if hasattr(param, "ds_id") or hasattr(param, "ds_tensor"):
+        raise RuntimeError(
+            f"{OWNER}: parameters of a DeepSpeed ZeRO engine, which reduces gradients while a backward pass runs, so "
+            "that those of several losses mix. Use fully_shard (FSDP2) or DistributedDataParallel"
+        )

@@ -1,0 +1,92 @@
+"""Sharded parameters (DTensor: FSDP2, tensor parallel): every rank has its shards of gradients that are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from ..capture.grads import Row
+from .agreement import Agreement
+from .ranks import Reduced
+
+
+class Sharded:
+    """Gram matrices of local shards, added up; combinations of local shards. Nothing is gathered.
+
+    A parameter that a mesh dimension replicates is counted on the first rank of that dimension alone.
+    """
+
+    several = hides = True
+
+    def __init__(self) -> None:
+        self._agreement = Agreement(None)
+
+    def check(self, point: str) -> None:
+        self._agreement.exchange(point)
+
+    def fail(self, error: BaseException) -> None:
+        self._agreement.fail(error)
+
+    def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
+        self._check_masks([[grad is not None for grad in row] for rows in batches for row in rows])
+        counted = [_counts(param) for param in params]
+        found = []
+        for rows in batches:
+            local = [[_local(grad, param) for grad, param in zip(row, params, strict=True)] for row in rows]
+            found.append(Reduced(local, counted, [True] * len(params)))
+        return found
+
+    def total(self, gram: Tensor) -> Tensor:
+        return self._agreement.sum(gram)
+
+    def expand(self, grads: Row, reduced: Reduced, params: Sequence[Tensor]) -> Row:
+        return [None if grad is None else _like(param, grad) for grad, param in zip(grads, params, strict=True)]
+
+    def average(self, grads: Row, params: Sequence[Tensor]) -> Row:
+        return grads
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self._agreement.sum(values) / self._agreement.size
+
+    def _check_masks(self, masks: list[list[bool]]) -> None:
+        packed = [sum(here << p for p, here in enumerate(row)) for row in masks]
+        if any(there != packed for there in self._agreement.exchange("combination", packed)):
+            raise RuntimeError(
+                "tasks reach different parameters on different ranks, although these are sharded; run every task "
+                "through the same modules on all ranks"
+            )
+
+
+def is_sharded(param: object) -> bool:
+    """Whether a parameter is a DTensor."""
+    return isinstance(param, DTensor)
+
+
+def _counts(param: Any) -> bool:
+    """Whether this rank is the one that counts its shard of a parameter."""
+    mesh, placements = param.device_mesh, param.placements
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return False
+    return all(
+        at == 0 for at, placement in zip(coordinate, placements, strict=True) if isinstance(placement, Replicate)
+    )
+
+
+def _local(grad: Any, param: Any) -> Tensor | None:
+    """The shard of a gradient that belongs to that of its parameter."""
+    if grad is None:
+        return None
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    found: Tensor = grad.to_local()
+    return found
+
+
+def _like(param: Any, local: Tensor) -> Tensor:
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )

@@ -1,0 +1,178 @@
+"""Several ranks against one process with all of their batches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ranks import scenarios
+from ranks.world import World
+
+REPLICATED = ("ddp", "group", "group, all")
+SHARDED = ("fsdp",)
+METHODS = tuple(scenarios.METHODS)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[World]:
+    world = World(2)
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[World]:
+    world = World(4)
+    yield world
+    world.close()
+
+
+@functools.cache
+def alone(world: int, method: str, micro: int = 1, **options: Any) -> dict[str, Any]:
+    return scenarios.train("one", method, micro=micro, world=world, **options)
+
+
+def check(found: list[dict[str, Any]], expected: dict[str, Any], rtol: float = 1e-9) -> None:
+    for result in found:
+        for name in ("weights", "grams", "grads", "params"):
+            for a, b in zip(result[name], expected[name], strict=True):
+                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max().clamp(min=1e-3)))
+        assert all(torch.equal(a, b) for a, b in zip(result["weights"], found[0]["weights"], strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("how", [*REPLICATED, *SHARDED])
+def test_two_ranks_are_one_process(pair: World, how: str, method: str) -> None:
+    check(pair.run(scenarios.train, how, method), alone(2, method))
+
+
+@pytest.mark.parametrize("how", ["ddp, unused", "ddp, views"])
+def test_kinds_of_distributed_data_parallel(pair: World, how: str) -> None:
+    check(pair.run(scenarios.train, how, "mgda"), alone(2, "mgda"))
+
+
+def test_a_static_graph_is_refused(pair: World) -> None:
+    for good, text in pair.outcomes(scenarios.train, "ddp, static", "mgda"):
+        assert not good and "static_graph=True" in text
+
+
+@pytest.mark.parametrize("how", ["group", "fsdp", "hsdp"])
+@pytest.mark.parametrize("method", ["pcgrad", "upgrad"])
+def test_four_ranks_are_one_process(four: World, how: str, method: str) -> None:
+    check(four.run(scenarios.train, how, method), alone(4, method))
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["calls", "blocks"])
+@pytest.mark.parametrize("how", ["ddp", "group", "fsdp"])
+def test_micro_batches(pair: World, how: str, blocks: bool) -> None:
+    if how == "fsdp" and blocks:
+        pytest.skip("tasks of blocks have other forward passes")
+    check(pair.run(scenarios.train, how, "cagrad", micro=3, blocks=blocks), alone(2, "cagrad", micro=3, blocks=blocks))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "parameter"},
+        {"granularity": "group"},
+        {"head_scaling": "weights"},
+        {"refresh_every": 2, "head_scaling": "weights"},
+        {"capture": "arena"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_options(pair: World, how: str, options: dict[str, Any]) -> None:
+    if how == "fsdp" and "capture" in options:
+        pytest.skip("refused")
+    check(pair.run(scenarios.train, how, "mgda", **options), alone(2, "mgda", **options))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16 autocast"])
+def test_other_dtypes(pair: World, how: str, autocast: bool) -> None:
+    """Against float64, at most twice the error of one process in the same dtype."""
+    exact = alone(2, "pcgrad")
+    single = alone(2, "pcgrad", dtype=torch.float32, autocast=autocast)
+    found = pair.run(scenarios.train, how, "pcgrad", dtype=torch.float32, autocast=autocast)
+    floor = 2e-2 if autocast else 1e-6
+    for result in found:
+        for name in ("weights", "grams", "params"):
+            for a, b, c in zip(result[name], single[name], exact[name], strict=True):
+                scale = float(c.abs().max())
+                assert float((a - c).abs().max()) <= 2 * float((b - c).abs().max()) + floor * scale
+        assert all(torch.equal(a, b) for a, b in zip(result["weights"], found[0]["weights"], strict=True))
+
+
+@pytest.mark.parametrize("how", [*REPLICATED, *SHARDED])
+def test_other_tasks_on_one_rank(pair: World, how: str) -> None:
+    for good, text in pair.outcomes(scenarios.other_tasks_on_one_rank, how):
+        assert not good and "rank 0: backward() of tasks task0, task1, task2; rank 1: backward()" in text, text
+
+
+@pytest.mark.parametrize("how", ["ddp", "group"])
+def test_an_error_on_one_rank(pair: World, how: str) -> None:
+    (first, there), (second, here) = pair.outcomes(scenarios.an_error_on_one_rank, how)
+    assert not first and "RanksDisagreeError: rank 1 failed: ValueError: no memory, say" in there, there
+    assert not second and "ValueError: no memory, say" in here
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_rank_that_dies(how: str) -> None:
+    world = World(2, timeout=5)
+    try:
+        (first, text), (second, _) = world.outcomes(scenarios.a_rank_that_dies, how)
+        assert not first and not second and "Error" in text
+    finally:
+        world.close()
+
+
+def test_nothing_that_says_how_gradients_are_reduced(pair: World) -> None:
+    for good, text in pair.outcomes(scenarios.nothing_said):
+        assert not good and "one of 2 ranks, and nothing says how gradients are reduced" in text
+    first, second = pair.run(scenarios.apart)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_gradients_of_one_rank_that_are_not_finite(pair: World, how: str) -> None:
+    first, second = pair.run(scenarios.not_finite_on_one_rank, how)
+    for found in (first, second):
+        assert not all(grad is None or bool(grad.isfinite().all()) for grad in found["grads"])
+        torch.testing.assert_close(found["weights"], torch.full((3,), 1 / 3, dtype=torch.float64))
+        assert all(torch.equal(value, first["state"][name]) for name, value in found["state"].items())
+
+
+@pytest.mark.parametrize("how", ["ddp", "group, all"])
+def test_a_parameter_that_a_task_reaches_on_one_rank_alone(pair: World, how: str) -> None:
+    expected = scenarios.absent_on_one_rank_alone()
+    for found in pair.run(scenarios.absent_on_one_rank, how):
+        torch.testing.assert_close(found["gram"], expected["gram"])
+        torch.testing.assert_close(found["weights"], expected["weights"])
+        for a, b in zip(found["grads"], expected["grads"], strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_what_is_sent_is_what_the_formula_says(pair: World, tasks: int) -> None:
+    """K reduce-scatters and one all-gather of the shared parameters, the Gram matrix, one all-reduce of the heads."""
+    shared, heads = 1000, 25
+    for counted in pair.run(scenarios.bytes_sent, "group", tasks):
+        assert counted == {
+            "reduce_scatter_tensor": tasks * shared,
+            "all_gather_into_tensor": shared + 2 * tasks**2,
+            "all_reduce": tasks * heads,
+        }
+    for counted in pair.run(scenarios.bytes_sent, "group, all", tasks):
+        assert counted == {"all_gather_into_tensor": 2 * tasks**2, "all_reduce": tasks * (shared + heads)}
+
+
+def test_buffers_are_broadcast_and_the_reducer_comes_back(pair: World) -> None:
+    first, second = pair.run(scenarios.buffers_of_a_model, "ddp")
+    assert float(first[-1]) == float(second[-1]) == 1.0
+    for step in (1, 2):  # those of rank 0 went to rank 1 before the pass of each step
+        assert not torch.equal(first[step], second[step])
