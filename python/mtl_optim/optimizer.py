@@ -92,7 +92,9 @@ class MultiTaskOptimizer(OptimizerWrapper):
             over the ranks, weights the same on all of them to the bit, and gradients those of one process with all
             batches. The reducer of the model is kept out for as long as this optimizer lives. Parameters sharded with
             fully_shard (FSDP2) or tensor parallel are seen by themselves. In a run of several ranks one of them is
-            needed, or ``False`` where ranks train apart. All ranks have to run the same tasks in the same order.
+            needed, or ``False`` where ranks train apart. All ranks have to run the same tasks in the same order. It is
+            not part of copies and pickles. Methods that combine elements, ``features=`` and ``capture="factored"`` are
+            for one rank.
         reduce: with replicated parameters, "scatter" leaves a rank a piece of every row, and sends (K + 1) N (R - 1) /
             R elements for K tasks, N shared parameters and R ranks; "all" leaves whole rows on all of them, and sends
             2 K N (R - 1) / R.
@@ -221,9 +223,10 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 or that reach no parameter of the optimizer; a batch that the method does not take; features that are no
                 tensors in the graph of the losses, that are computed from one another, or that a loss goes past to a
                 parameter behind them.
-            RuntimeError: inside a `task` block, in a distributed run, a task captured twice, or an error of
-                autograd. Whatever is raised, gradients and captured rows are as they were; the one exception
-                is an error in the middle of adding to rows in place (``accumulate``): those are dropped,
+            RuntimeError: inside a `task` block, in a run of several ranks that nothing was said of, where ranks run
+                other tasks or another one has failed, a task captured twice, or an error of autograd. Whatever is
+                raised, gradients and captured rows are as they were; the one exception is an error in the middle of
+                adding to rows in place (``accumulate``) or of collectives: those are dropped,
                 with a warning.
         """
         self._training.backward(losses, accumulate, retain_graph, batch, features)
@@ -248,8 +251,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
         Raises (here, or on entering or leaving the block; gradients and rows are then as they were):
             TypeError, ValueError: an unknown name, a batch that the method does not take, a block that captured
                 nothing, a missing loss.
-            RuntimeError: inside another block, in a distributed run, a task captured twice without
-                ``accumulate``, or after a gradient of this step was read.
+            RuntimeError: inside another block, in a run of several ranks that nothing was said of or that run other
+                tasks, a task captured twice without ``accumulate``, or after a gradient of this step was read.
         """
         check_task_name(name)
         self._training.tasks_with([name])

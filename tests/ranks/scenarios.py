@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mtl_optim import MGDA, CAGrad, Method, MultiTaskOptimizer, NashMTL, PCGrad, UPGrad
+from mtl_optim import MGDA, CAGrad, GradDrop, Method, MultiTaskOptimizer, NashMTL, PCGrad, UPGrad
 
 TASKS, SHARE, STEPS = 3, 4, 3
 
@@ -261,3 +261,23 @@ def buffers_of_a_model(how: str) -> list[Tensor]:
         seen.append(before)
     del optimizer
     return [*seen, torch.tensor(float(getattr(forward, "require_backward_grad_sync", True)))]
+
+
+def another_model() -> None:
+    wrapped = DistributedDataParallel(Net())
+    MultiTaskOptimizer(torch.optim.SGD(Net().parameters()), PCGrad(), data_parallel=wrapped)
+
+
+def a_bare_model() -> None:
+    model = Net()
+    MultiTaskOptimizer(torch.optim.SGD(model.parameters()), PCGrad(), data_parallel=model)
+
+
+def elements() -> None:
+    MultiTaskOptimizer(torch.optim.SGD(Net().parameters()), GradDrop(), data_parallel=dist.group.WORLD)
+
+
+def factors() -> None:
+    MultiTaskOptimizer(
+        torch.optim.SGD(Net().parameters()), PCGrad(), capture="factored", data_parallel=dist.group.WORLD
+    )

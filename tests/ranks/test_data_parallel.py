@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mtl_optim import MultiTaskOptimizer, PCGrad
 from ranks import scenarios
 from ranks.world import World
 
@@ -176,3 +177,29 @@ def test_buffers_are_broadcast_and_the_reducer_comes_back(pair: World) -> None:
     assert float(first[-1]) == float(second[-1]) == 1.0
     for step in (1, 2):  # those of rank 0 went to rank 1 before the pass of each step
         assert not torch.equal(first[step], second[step])
+
+
+def test_what_data_parallel_takes(pair: World) -> None:
+    for good, text in pair.outcomes(scenarios.another_model):
+        assert not good and "a model that holds none of the parameters of the optimizer" in text
+    for good, text in pair.outcomes(scenarios.a_bare_model):
+        assert not good and "TypeError" in text and "wrap the model, or pass torch.distributed.group.WORLD" in text
+    for good, text in pair.outcomes(scenarios.elements):
+        assert not good and "GradDrop combines elements of rows, of which a rank has a part" in text
+    for good, text in pair.outcomes(scenarios.factors):
+        assert not good and 'capture="factored" on several ranks' in text
+
+
+@pytest.mark.parametrize("kind", ["FlatParameter", "ds_id"])
+def test_parameters_that_other_libraries_shard(kind: str) -> None:
+    param = torch.nn.Parameter(torch.ones(2))
+    setattr(param, "_is_flat_param" if kind == "FlatParameter" else kind, True)
+    with pytest.raises(RuntimeError, match=r"Use fully_shard \(FSDP2\)"):
+        MultiTaskOptimizer(torch.optim.SGD([param]), PCGrad())
+
+
+def test_no_process_group() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        MultiTaskOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), PCGrad(), data_parallel=True)
+    with pytest.raises(ValueError, match="reduce"):
+        MultiTaskOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), PCGrad(), reduce="sum")
