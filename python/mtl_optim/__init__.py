@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 from . import losses, methods
 from .catalog import LossInfo, MethodInfo, get_loss, get_method, list_losses, list_methods
 from .methods import *  # noqa: F403
+from .monitor.conflicts import ConflictMonitor
 from .monitor.report import Report
 from .optimizer import MultiTaskOptimizer
 from .step.partial import gram_groups
 
 __all__ = [
+    "ConflictMonitor",
     "LossInfo",
     "MethodInfo",
     "MultiTaskOptimizer",
