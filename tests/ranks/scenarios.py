@@ -10,12 +10,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from mtl_optim import MGDA, CAGrad, GradDrop, Method, MultiTaskOptimizer, NashMTL, PCGrad, UPGrad
+from mtl_optim.distributed import collectives
 
 TASKS, SHARE, STEPS = 3, 4, 3
 
@@ -31,10 +40,10 @@ METHODS: dict[str, Callable[[], Method]] = {
 class Net(nn.Module):
     """A trunk of odd sizes, a bridge of two of three tasks, a head each, and running statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 11) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.trunk = nn.Sequential(nn.Linear(5, 11), nn.Tanh(), nn.Linear(11, 7), nn.Tanh())
+        self.trunk = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 7), nn.Tanh())
         self.bridge = nn.Linear(7, 7)
         self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(TASKS))
 
@@ -73,6 +82,11 @@ def parallel(model: nn.Module, how: str) -> tuple[nn.Module, dict[str, Any]]:
         for part in (model.trunk[0], model.trunk[2], model.bridge):
             fully_shard(part, mesh=mesh)
         return fully_shard(model, mesh=mesh), {}
+    if how == "tensor parallel":
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(model.trunk, mesh["tensor"], plan)
+        return fully_shard(model, mesh=mesh["data"]), {}
     raise ValueError(how)
 
 
@@ -83,20 +97,25 @@ def whole(tensor: Tensor) -> Tensor:
 
 def train(
     how: str, method: str, dtype: torch.dtype = torch.float64, autocast: bool = False, micro: int = 1,
-    blocks: bool = False, world: int = 0, **options: Any,
+    blocks: bool = False, scaled: bool = False, world: int = 0, width: int = 11, apart: str = "", **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Some steps on this rank's share of the batches; "one" is a process by itself with those of a whole world."""
-    model, share = Net().to(dtype), slice(None)
+    model, share = Net(width).to(dtype), slice(None)
     forward: nn.Module = model
     told: dict[str, Any] = {}
     if how != "one":
         world, rank = dist.get_world_size(), dist.get_rank()
+        if how == "tensor parallel":  # two ranks have a batch together
+            world, rank = world // 2, rank // 2
         share = slice(rank * SHARE, (rank + 1) * SHARE)
         forward, told = parallel(model, how)
-    optimizer = MultiTaskOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), METHODS[method](), **told, **options
-    )
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if apart:  # the first layer has a key of its own
+        first, rest = list(model.trunk[0].parameters()), groups[0]["params"][2:]
+        groups = [{"params": first, apart: False}, {"params": rest}]
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9), METHODS[method](), **told, **options)
     weights, grams = [], []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
     for step in range(STEPS):
         optimizer.zero_grad()
         for part in range(micro):
@@ -105,13 +124,15 @@ def train(
             if blocks:
                 for k in range(TASKS):
                     with optimizer.task(f"task{k}", accumulate=part > 0):
-                        losses(forward, x, y, autocast)[f"task{k}"].backward()
+                        scaler.scale(losses(forward, x, y, autocast)[f"task{k}"]).backward()
             else:
-                optimizer.backward(losses(forward, x, y, autocast), accumulate=part < micro - 1)
-        optimizer.step()
+                found = {name: scaler.scale(loss) for name, loss in losses(forward, x, y, autocast).items()}
+                optimizer.backward(found, accumulate=part < micro - 1)
+        scaler.step(optimizer)
+        scaler.update()
         assert optimizer.report is not None and optimizer.report.weights is not None
         weights.append(optimizer.report.weights.clone())
-        grams.append(optimizer.report.gram.clone())
+        grams.append(optimizer.report.gram / (2.0**20 if scaled else 1.0))
     return {
         "params": [whole(p) for p in model.parameters()],
         "grads": [whole(p.grad) for p in model.parameters() if p.grad is not None],
@@ -179,6 +200,23 @@ def apart() -> Tensor:
     return model.trunk[0].weight.grad.clone()
 
 
+def skipped_together(how: str) -> dict[str, Any]:
+    """A scaler's step where one rank alone has gradients that are not finite."""
+    model = Net()
+    forward, told = parallel(model, how)
+    before = [whole(p) for p in model.parameters()]
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), MGDA(), **told)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x, y = (tensor.float() for tensor in batch(0, 1))
+    if dist.get_rank() == 1:
+        y[0, 0] = float("inf")
+    optimizer.backward({name: scaler.scale(loss) for name, loss in losses(forward, x, y).items()})
+    scaler.step(optimizer)
+    scaler.update()
+    same = all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True))
+    return {"same": same, "scale": scaler.get_scale()}
+
+
 def not_finite_on_one_rank(how: str) -> dict[str, Any]:
     model = Net().double()
     forward, told = parallel(model, how)
@@ -223,23 +261,23 @@ def bytes_sent(how: str, tasks: int) -> dict[str, int]:
     optimizer = MultiTaskOptimizer(torch.optim.SGD(params, lr=0.1), PCGrad(), **told)
     z = trunk(torch.randn(8, 40, dtype=torch.float64))
     counted: dict[str, int] = {}
-    names = ("reduce_scatter_tensor", "all_gather_into_tensor", "all_reduce")
-    originals = {name: getattr(dist, name) for name in names}
+    originals = {name: getattr(collectives, name) for name in ("reduce_scatter", "all_gather", "all_reduce")}
 
     def counting(name: str) -> Callable[..., Any]:
-        def call(*tensors: Tensor, **options: Any) -> Any:
-            counted[name] = counted.get(name, 0) + max(tensor.numel() for tensor in tensors)
-            return originals[name](*tensors, **options)
+        def call(tensor: Tensor, *given: Any) -> Any:
+            times = given[0] if name == "all_gather" else 1
+            counted[name] = counted.get(name, 0) + times * tensor.numel()
+            return originals[name](tensor, *given)
 
         return call
 
     for name in originals:
-        setattr(dist, name, counting(name))
+        setattr(collectives, name, counting(name))
     try:
         optimizer.backward([head(z).square().mean() for head in heads])
     finally:
         for name, original in originals.items():
-            setattr(dist, name, original)
+            setattr(collectives, name, original)
     return counted
 
 
@@ -281,3 +319,57 @@ def factors() -> None:
     MultiTaskOptimizer(
         torch.optim.SGD(Net().parameters()), PCGrad(), capture="factored", data_parallel=dist.group.WORLD
     )
+
+
+def train_and_save(how: str, folder: str, steps: int, kill_at: int | None = None) -> list[Tensor]:
+    """Steps with a checkpoint after each, from the last one that is there; rank 1 may be killed in one of them."""
+    model = Net().double()
+    forward, told = parallel(model, how)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = MultiTaskOptimizer(inner, PCGrad(seed=3), **told)
+    sharded = how in ("fsdp", "hsdp")
+    done = max((int(name[4:]) for name in os.listdir(folder) if name.startswith("done")), default=0)
+    if done:
+        restore(sharded, os.path.join(folder, f"step{done}"), model, optimizer)
+    for step in range(done, steps):
+        x, y = batch(step, dist.get_world_size())
+        share = slice(dist.get_rank() * SHARE, (dist.get_rank() + 1) * SHARE)
+        optimizer.zero_grad()
+        optimizer.backward(losses(forward, x[share], y[:, share]))
+        if step == kill_at and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+        save(sharded, os.path.join(folder, f"step{step + 1}"), model, optimizer)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            open(os.path.join(folder, f"done{step + 1}"), "w").close()
+    return [whole(p) for p in model.parameters()]
+
+
+def save(sharded: bool, path: str, model: nn.Module, optimizer: MultiTaskOptimizer) -> None:
+    if sharded:
+        states = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer.optimizer),
+        }
+        checkpoint.save(states, checkpoint_id=path)
+        torch.save(optimizer.state_dict()["mtl"], f"{path}.rank{dist.get_rank()}")
+    elif dist.get_rank() == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+
+
+def restore(sharded: bool, path: str, model: nn.Module, optimizer: MultiTaskOptimizer) -> None:
+    if not sharded:
+        found = torch.load(path, weights_only=True)
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        return
+    states = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer.optimizer),
+    }
+    checkpoint.load(states, checkpoint_id=path)
+    set_model_state_dict(model, states["model"])
+    set_optimizer_state_dict(model, optimizer.optimizer, states["optimizer"])
+    mtl = torch.load(f"{path}.rank0", weights_only=True)
+    optimizer.load_state_dict({**optimizer.optimizer.state_dict(), "mtl": mtl})

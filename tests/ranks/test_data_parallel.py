@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +84,9 @@ def test_micro_batches(pair: World, how: str, blocks: bool) -> None:
         {"head_scaling": "weights"},
         {"refresh_every": 2, "head_scaling": "weights"},
         {"capture": "arena"},
+        {"apart": "mtl"},
+        {"apart": "gram"},
+        {"apart": "gram", "granularity": "parameter"},
     ],
     ids=str,
 )
@@ -164,12 +168,12 @@ def test_what_is_sent_is_what_the_formula_says(pair: World, tasks: int) -> None:
     shared, heads = 1000, 25
     for counted in pair.run(scenarios.bytes_sent, "group", tasks):
         assert counted == {
-            "reduce_scatter_tensor": tasks * shared,
-            "all_gather_into_tensor": shared + 2 * tasks**2,
+            "reduce_scatter": tasks * shared,
+            "all_gather": shared + 2 * tasks**2,
             "all_reduce": tasks * heads,
         }
     for counted in pair.run(scenarios.bytes_sent, "group, all", tasks):
-        assert counted == {"all_gather_into_tensor": 2 * tasks**2, "all_reduce": tasks * (shared + heads)}
+        assert counted == {"all_gather": 2 * tasks**2, "all_reduce": tasks * (shared + heads)}
 
 
 def test_buffers_are_broadcast_and_the_reducer_comes_back(pair: World) -> None:
@@ -203,3 +207,38 @@ def test_no_process_group() -> None:
         MultiTaskOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), PCGrad(), data_parallel=True)
     with pytest.raises(ValueError, match="reduce"):
         MultiTaskOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), PCGrad(), reduce="sum")
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
+def test_shards_of_shards(four: World, method: str) -> None:
+    """Tensor parallel layers inside FSDP2."""
+    check(four.run(scenarios.train, "tensor parallel", method, width=12), alone(2, method, width=12))
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("how", ["ddp", "group", "fsdp"])
+def test_scaled_losses(pair: World, how: str, micro: int) -> None:
+    check(pair.run(scenarios.train, how, "mgda", scaled=True, micro=micro), alone(2, "mgda", micro=micro))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_scaler_skips_the_step_of_all(pair: World, how: str) -> None:
+    for found in pair.run(scenarios.skipped_together, how):
+        assert found == {"same": True, "scale": 2.0**9}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_run_that_was_killed_goes_on(pair: World, tmp_path: Path, how: str) -> None:
+    """To the bit, from a checkpoint of each step, in new processes."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight.mkdir()
+    broken.mkdir()
+    expected = pair.run(scenarios.train_and_save, how, str(straight), 4)
+    world = World(2, timeout=5)
+    try:
+        assert not any(good for good, _ in world.outcomes(scenarios.train_and_save, how, str(broken), 4, kill_at=2))
+    finally:
+        world.close()
+    found = pair.run(scenarios.train_and_save, how, str(broken), 4)
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from . import collectives
 from .ranks import RanksDisagreeError
 
 
@@ -48,8 +49,7 @@ class Agreement:
 
     def sum(self, values: Tensor) -> Tensor:
         """That of all ranks, added in their order: the same bits on all of them."""
-        parts = values.new_empty(self.size * values.numel())
-        dist.all_gather_into_tensor(parts, values.contiguous().view(-1), group=self.group)
+        parts = collectives.all_gather(values.contiguous().view(-1), self.size, self.group)
         return parts.view(self.size, *values.shape).sum(0)
 
     def fail(self, error: BaseException) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..capture.grads import Row, grad_dtype
+from . import collectives
 from .agreement import Agreement
 from .ranks import Reduced
 
@@ -73,8 +73,7 @@ class Replicated:
             if not any(there[slot.param] for slot in slots):
                 continue
             flat = self._flat(row, slots, size * self._size, dtype, params)
-            share = flat.new_empty(size)
-            dist.reduce_scatter_tensor(share, flat, group=self._group)
+            share = collectives.reduce_scatter(flat, self._size, self._group)
             for slot, piece in self._pieces(slots, size, share):
                 found[slot.param] = piece if there[slot.param] else None
         return found
@@ -89,8 +88,7 @@ class Replicated:
             for slot, piece in self._pieces(slots, size, share):
                 if (grad := grads[slot.param]) is not None:
                     piece.copy_(grad)
-            flat = share.new_empty(size * self._size)
-            dist.all_gather_into_tensor(flat, share, group=self._group)
+            flat = collectives.all_gather(share, self._size, self._group)
             for slot in slots:
                 found[slot.param] = _shaped(flat, slot, params)
         return found
@@ -145,7 +143,7 @@ class Replicated:
         found: dict[int, Tensor] = {}
         for dtype, (slots, _) in self._layout(range(len(params)), params).items():
             flat = self._flat(grads, slots, slots[-1].end, dtype, params)
-            dist.all_reduce(flat, group=self._group)
+            collectives.all_reduce(flat, self._group)
             found.update((slot.param, _shaped(flat, slot, params)) for slot in slots)
         return [found[p] for p in range(len(params))]
 

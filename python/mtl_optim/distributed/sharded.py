@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from ..capture.grads import Row
+from ..capture.grads import Row, same_tensors
 from .agreement import Agreement
 from .ranks import Reduced
 
@@ -16,13 +16,16 @@ from .ranks import Reduced
 class Sharded:
     """Gram matrices of local shards, added up; combinations of local shards. Nothing is gathered.
 
-    A parameter that a mesh dimension replicates is counted on the first rank of that dimension alone.
+    A parameter that a mesh dimension replicates is counted on the first rank of that dimension alone, and one that lies
+    on several meshes side by side (FSDP2 around tensor parallel layers) on the first of them.
     """
 
     several = hides = True
 
     def __init__(self) -> None:
         self._agreement = Agreement(None)
+        self._params: list[Tensor] = []
+        self._counted: list[bool] = []
 
     def check(self, point: str) -> None:
         self._agreement.exchange(point)
@@ -32,7 +35,7 @@ class Sharded:
 
     def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
         self._check_masks([[grad is not None for grad in row] for rows in batches for row in rows])
-        counted = [_counts(param) for param in params]
+        counted = self._counts(params)
         found = []
         for rows in batches:
             local = [[_local(grad, param) for grad, param in zip(row, params, strict=True)] for row in rows]
@@ -51,6 +54,24 @@ class Sharded:
     def mean(self, values: Tensor) -> Tensor:
         return self._agreement.sum(values) / self._agreement.size
 
+    def _counts(self, params: Sequence[Tensor]) -> list[bool]:
+        """Whether this rank is the one that counts its shard of each parameter."""
+        if not same_tensors(params, self._params):
+            mine = [(tuple(param.shape), _ranks_of(param)) for param in params]
+            everywhere = self._agreement.exchange("parameters", mine)
+            if any([shape for shape, _ in theirs] != [shape for shape, _ in mine] for theirs in everywhere):
+                raise RuntimeError(
+                    "the ranks hold different parameters (pipeline stages?), so that their Gram matrices are none of "
+                    "one model; combine on ranks that hold the same ones"
+                )
+            first = [min(theirs[p][1] for theirs in everywhere) for p in range(len(params))]
+            self._counted = [
+                ranks == lowest and _is_first(param)
+                for param, (_, ranks), lowest in zip(params, mine, first, strict=True)
+            ]
+            self._params = list(params)
+        return self._counted
+
     def _check_masks(self, masks: list[list[bool]]) -> None:
         packed = [sum(here << p for p, here in enumerate(row)) for row in masks]
         if any(there != packed for there in self._agreement.exchange("combination", packed)):
@@ -65,15 +86,18 @@ def is_sharded(param: object) -> bool:
     return isinstance(param, DTensor)
 
 
-def _counts(param: Any) -> bool:
-    """Whether this rank is the one that counts its shard of a parameter."""
-    mesh, placements = param.device_mesh, param.placements
-    coordinate = mesh.get_coordinate()
+def _ranks_of(param: Any) -> tuple[int, ...]:
+    """Those that hold a parameter together, in order."""
+    return tuple(sorted(param.device_mesh.mesh.flatten().tolist()))
+
+
+def _is_first(param: Any) -> bool:
+    """Whether this rank is the first of those of its mesh that have the same shard."""
+    coordinate = param.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    return all(
-        at == 0 for at, placement in zip(coordinate, placements, strict=True) if isinstance(placement, Replicate)
-    )
+    at = zip(coordinate, param.placements, strict=True)
+    return all(index == 0 for index, placement in at if isinstance(placement, Replicate))
 
 
 def _local(grad: Any, param: Any) -> Tensor | None:
