@@ -26,13 +26,6 @@ def pair() -> Iterator[World]:
     world.close()
 
 
-@pytest.fixture(scope="module")
-def four() -> Iterator[World]:
-    world = World(4)
-    yield world
-    world.close()
-
-
 @functools.cache
 def alone(world: int, method: str, micro: int = 1, **options: Any) -> dict[str, Any]:
     return scenarios.train("one", method, micro=micro, world=world, **options)
@@ -62,10 +55,23 @@ def test_a_static_graph_is_refused(pair: World) -> None:
         assert not good and "static_graph=True" in text
 
 
-@pytest.mark.parametrize("how", ["group", "fsdp", "hsdp"])
-@pytest.mark.parametrize("method", ["pcgrad", "upgrad"])
-def test_four_ranks_are_one_process(four: World, how: str, method: str) -> None:
-    check(four.run(scenarios.train, how, method), alone(4, method))
+def test_four_ranks_are_one_process() -> None:
+    """And tensor parallel layers inside FSDP2, where two ranks have a batch together."""
+    four = World(4)
+    try:
+        for how, method in (
+            ("group", "pcgrad"),
+            ("ddp", "upgrad"),
+            ("fsdp", "mgda"),
+            ("hsdp", "pcgrad"),
+            ("hsdp", "upgrad"),
+        ):
+            check(four.run(scenarios.train, how, method), alone(4, method))
+        for method in ("pcgrad", "mgda"):
+            found = four.run(scenarios.train, "tensor parallel", method, width=12)
+            check(found, alone(2, method, width=12))
+    finally:
+        four.close()
 
 
 @pytest.mark.parametrize("blocks", [False, True], ids=["calls", "blocks"])
@@ -207,12 +213,6 @@ def test_no_process_group() -> None:
         MultiTaskOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), PCGrad(), data_parallel=True)
     with pytest.raises(ValueError, match="reduce"):
         MultiTaskOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), PCGrad(), reduce="sum")
-
-
-@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
-def test_shards_of_shards(four: World, method: str) -> None:
-    """Tensor parallel layers inside FSDP2."""
-    check(four.run(scenarios.train, "tensor parallel", method, width=12), alone(2, method, width=12))
 
 
 @pytest.mark.parametrize("micro", [1, 3])
