@@ -29,14 +29,15 @@ class Frontier:
         self.leaves: list[list[Tensor]] = []
         self._arrived: dict[Edge, dict[int, Tensor]] = {}
         for found in reach.crossings():
-            at_leaf = [one.node is not None and one.edge[0] in reach.leaves for one in found]
-            self._crossings.append([one for one, direct in zip(found, at_leaf, strict=True) if not direct])
-            self.leaves.append([reach.leaves[one.edge[0]] for one, here in zip(found, at_leaf, strict=True) if here])
+            ends = (one.edge[0] for one in found if one.node is not None)
+            direct = dict.fromkeys(node for node in ends if node in reach.leaves)
+            self._crossings.append([one for one in found if one.edge[0] not in direct])
+            self.leaves.append([reach.leaves[node] for node in direct])
+        known = {id(leaf) for leaves in self.leaves for leaf in leaves}
         self.mixed = [
             leaf
             for node, leaf in reach.leaves.items()
-            if any(leaf is one for leaves in self.leaves for one in leaves)
-            and any(reach.shared(user) for user, _ in reach.users.get(node, ()))
+            if id(leaf) in known and any(reach.shared(user) for user, _ in reach.users.get(node, ()))
         ]
         edges = {crossing.edge for crossings in self._crossings for crossing in crossings}
         starts = {node for node, _ in edges}

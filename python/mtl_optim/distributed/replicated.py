@@ -15,8 +15,6 @@ from . import collectives
 from .agreement import Agreement
 from .ranks import Reduced
 
-REDUCTIONS = ("scatter", "all")
-
 
 class Slot(NamedTuple):
     """Where a parameter lies in the flat memory of its dtype."""
@@ -94,6 +92,8 @@ class Replicated:
         return found
 
     def average(self, grads: Row, params: Sequence[Tensor]) -> Row:
+        if not params:
+            return grads
         (there,) = self._agree_on([[grad is not None for grad in grads]])
         places = [p for p, here in enumerate(there) if here]
         found: Row = [None] * len(params)

@@ -81,11 +81,6 @@ class Sharded:
             )
 
 
-def is_sharded(param: object) -> bool:
-    """Whether a parameter is a DTensor."""
-    return isinstance(param, DTensor)
-
-
 def _ranks_of(param: Any) -> tuple[int, ...]:
     """Those that hold a parameter together, in order."""
     return tuple(sorted(param.device_mesh.mesh.flatten().tolist()))

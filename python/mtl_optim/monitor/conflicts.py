@@ -179,7 +179,7 @@ class ConflictMonitor:
             ValueError: no record was made yet.
             ImportError: Matplotlib is not installed.
         """
-        self._check_drawable("heatmap")
+        self._check_recorded("heatmap")
         from .plots import heatmap
 
         heatmap(self.tasks, self.cosines.tolist(), Path(path))
@@ -191,16 +191,14 @@ class ConflictMonitor:
             ValueError: no record was made yet.
             ImportError: Matplotlib is not installed.
         """
-        self._check_drawable("timeline")
+        self._check_recorded("timeline")
         from .plots import timeline
 
         timeline(self.history, Path(path))
 
-    def _check_drawable(self, what: str) -> None:
+    def _check_recorded(self, what: str) -> None:
         if not self.history:
-            raise ValueError(
-                f"ConflictMonitor.{what}(): nothing was recorded yet; call close() or wait for `every` steps"
-            )
+            raise ValueError(f"ConflictMonitor.{what}(): {_NOTHING}")
 
     def _record(self) -> None:
         """Reads the sums: the one place where the host waits."""

@@ -44,6 +44,7 @@ class Factored:
     """The passes of a step, of which rows of some weights are coordinates (`mtl_optim.capture.factors`).
 
     Attributes:
+        frontier: where batched passes begin; None for a pass a task.
         parameters: those that rows are over. dense: those of them whose rows are gradients, at ``places``.
         outside: leaves that are in no optimizer and receive the plain sum.
         factors: by the place of a parameter in ``parameters``, with its uses.
@@ -52,6 +53,7 @@ class Factored:
     """
 
     reach: Reach
+    frontier: Frontier | None
     parameters: Parameters
     dense: Parameters
     places: list[int]
@@ -68,9 +70,12 @@ class Factored:
         Raises:
             UnseenUseError, BatchingError: see there. Unless ``proven``, the graph is still there.
         """
-        batched = self.report.passes == "batched"
-        keep = retain_graph or (not self.proven and (batched or self.reach.custom))
-        factored = (self._batched if batched else self._looped)(named, pending, keep)
+        keep = retain_graph or (not self.proven and (self.frontier is not None or self.reach.custom))
+        factored = (
+            self._looped(named, pending, keep)
+            if self.frontier is None
+            else self._batched(self.frontier, named, pending, keep)
+        )
         pending.check_rows(self.taken)
         rows: dict[RowKey, Row] = {}
         for name, parts in zip(named, factored, strict=True):
@@ -83,7 +88,7 @@ class Factored:
         """That of a parameter, from what its rows combine to."""
         if p not in self.factors:
             # One of several in a buffer would hold the memory of all.
-            return combined.clone() if self.report.passes == "batched" else combined
+            return combined if self.frontier is None else combined.clone()
         param = self.parameters.managed[p]
         grad = self.factors[p].expand(combined).to(grad_dtype(param))
         return grad if grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -115,10 +120,11 @@ class Factored:
                 part = self.factors[p].coordinates(u, grad)
                 row[p] = row[p].add_(part) if p in row else part
 
-    def _batched(self, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool) -> list[dict[int, Tensor]]:
+    def _batched(
+        self, frontier: Frontier, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool
+    ) -> list[dict[int, Tensor]]:
         """A pass a task through what it has for itself, and one for all of them from there on."""
         tasks, reach, place = len(named), self.reach, {id(param): p for p, param in enumerate(self.dense.managed)}
-        frontier = Frontier(reach)
         if frontier.mixed:
             shapes = ", ".join(str(list(leaf.shape)) for leaf in frontier.mixed)
             raise BatchingError(f"losses use parameters of shapes {shapes} both by themselves and in what they share")
@@ -230,7 +236,7 @@ class FactoredPlans:
             if node is None or not reach.shared(node):
                 how.append("not reached" if node is None else "one task")
                 continue
-            uses = self._uses(node, param, reach)
+            uses = self._uses(node, p, param, reach)
             if isinstance(uses, list):
                 try:
                     factors[p] = make_factor(param, uses)
@@ -245,9 +251,9 @@ class FactoredPlans:
         known = set(map(id, (*parameters.managed, *parameters.others)))
         outside = [leaf for leaf in reach.leaves.values() if id(leaf) not in known] if others else []
         dense = parameters.at(places)
-        batched = self._batches([*dense.managed, *dense.others, *outside], reach, parameters)
-        report = Factoring("batched" if batched else "loop", tuple(how))
-        return Factored(reach, parameters, dense, places, outside, factors, all_uses, report, self.proven)
+        frontier = self._frontier([*dense.managed, *dense.others, *outside], reach, parameters)
+        report = Factoring("loop" if frontier is None else "batched", tuple(how))
+        return Factored(reach, frontier, parameters, dense, places, outside, factors, all_uses, report, self.proven)
 
     def unseen(self, error: UnseenUseError) -> None:
         """Takes dense rows of some weights from now on."""
@@ -260,7 +266,7 @@ class FactoredPlans:
         self._one_by_one, self.proven = True, False
         return self._passes == "auto"
 
-    def _uses(self, node: Node, param: Tensor, reach: Reach) -> list[Use] | str:
+    def _uses(self, node: Node, p: int, param: Tensor, reach: Reach) -> list[Use] | str:
         """The uses of a weight, or why its rows are dense."""
         if not param.is_floating_point() or param.dim() < 2 or param.layout is not torch.strided:
             return "no matrix"
@@ -274,13 +280,13 @@ class FactoredPlans:
         num_tasks = reach.tasks[node].bit_count()
         if not pays(num_tasks, param, uses):
             return f"{sum(use.rows for use in uses)} rows are too many"
-        key = (param.shape, *((use.node.name(), use.rows) for use in uses))
+        key = (p, *((use.node.name(), use.rows) for use in uses))
         if key not in self._recomputed:
             self._recomputed[key] = any(map(is_recomputed, uses))
         return "its inputs are recomputed at every look" if self._recomputed[key] else uses
 
-    def _batches(self, leaves: Sequence[Tensor], reach: Reach, parameters: Parameters) -> bool:
-        """Whether one pass is to serve all tasks."""
+    def _frontier(self, leaves: Sequence[Tensor], reach: Reach, parameters: Parameters) -> Frontier | None:
+        """Where passes that serve several tasks begin; None where every task has its own."""
         hooked = [list(leaf.shape) for leaf in leaves if _has_hooks(leaf)]
         if self._passes == "batched":
             if hooked:
@@ -288,14 +294,14 @@ class FactoredPlans:
                     f'passes="batched" gives no task a backward pass of its own, which the hooks of parameters of '
                     f'shapes {", ".join(map(str, hooked))} wait for; use passes="auto"'
                 )
-            return True
+            return Frontier(reach)
         if self._passes == "loop" or self._one_by_one or hooked or reach.custom:
-            return False
+            return None
         rows = most_rows(reach)
+        if rows == 0 or (parameters.managed[0].device.type == "cpu" and rows > _FEW_ROWS):
+            return None
         frontier = Frontier(reach)
-        if rows == 0 or frontier.nested or frontier.mixed:
-            return False
-        return parameters.managed[0].device.type != "cpu" or rows <= _FEW_ROWS
+        return None if frontier.nested or frontier.mixed else frontier
 
 
 def _has_hooks(leaf: Tensor) -> bool:

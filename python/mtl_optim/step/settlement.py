@@ -88,16 +88,13 @@ class Settlement:
         *earlier, found = [[batch.get(name, absent) for name in tasks] for batch in batches]
         ranks, managed = self.ranks, parameters.managed
         with torch.no_grad():
-            if not ranks.several:
-                combined = self._combiner(tasks, found, parameters, values, earlier, self.share_is_due)
-            else:
-                values = None if values is None else ranks.mean(values)
-                *before, last_of_all = ranks.reduce([*earlier, found], managed)
-                combined = self._combiner(
-                    tasks, last_of_all.rows, parameters, values, [one.rows for one in before], self.share_is_due,
-                    ranks.total, last_of_all.counted,
-                )  # fmt: skip
-                combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, last_of_all, managed))
+            values = None if values is None else ranks.mean(values)
+            *before, reduced = ranks.reduce([*earlier, found], managed)
+            combined = self._combiner(
+                tasks, reduced.rows, parameters, values, [one.rows for one in before], self.share_is_due,
+                ranks.total if ranks.several else None, reduced.counted,
+            )  # fmt: skip
+            combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, reduced, managed))
         tell_norms(self.options.transform, combined.report, list(last))
         if method.stops_at_zero_rows:
             self.advice.zero_rows(combined.report)

@@ -77,15 +77,14 @@ class Shortcuts:
                 "effect here; compute them in float32, from outputs.float()",
             )
             return False
-        plain_heads = self._settlement.options.head_scaling == "none"
-        if self._settlement.ranks.hides and (parameters.others or (plain_heads and last.has_heads)):
+        plain_heads, hides = self._settlement.options.head_scaling == "none", self._settlement.ranks.hides
+        if hides and (parameters.others or (plain_heads and last.has_heads)):
             self._settlement.advice.once(
                 "sharded-plain",
                 "where parameters are sharded, one pass cannot give heads and param groups with mtl=False a plain sum "
                 'and others a weighted one, so that refresh_every has no effect here; use head_scaling="weights"',
             )
             return False
-        hides = self._settlement.ranks.hides
         passes = (
             last.whole_pass(named) if hides else last.passes(named, parameters, plain_heads, self._settlement.keeps)
         )
