@@ -1,8 +1,8 @@
 """Builds the released form: an sdist and wheels, checked and tried in another folder.
 
-    python packaging/build.py                # sdist, and the wheel with the CPU kernels
-    python packaging/build.py --cuda         # and one with CUDA kernels, in dist/cuda (nvcc; some minutes)
-    python packaging/build.py --no-isolation # with the build tools that are installed, so that nothing is downloaded
+    python release/build.py                # sdist, and the wheel with the CPU kernels
+    python release/build.py --cuda         # and one with CUDA kernels, in dist/cuda (nvcc; some minutes)
+    python release/build.py --no-isolation # with the build tools that are installed, so that nothing is downloaded
 
 Needs ``build`` and ``twine``. The sdist is built from the last commit, wheels from the sdist: what is not in it cannot
 be in them. Each wheel is then installed into a new environment, without its dependencies but with the torch of
@@ -130,7 +130,7 @@ def try_out(wheel: Path, folder: Path, torch: str) -> None:
     run([str(python), "-m", "pip", "check"])
     elsewhere = {"PYTHONPATH": "", "MTL_KERNELS_BACKEND": "cpu"}
     run([str(python.with_name("mtl-kernels")), "info"], elsewhere, cwd=folder)
-    shutil.copy2(ROOT / "packaging" / "train.py", folder)
+    shutil.copy2(ROOT / "release" / "train.py", folder)
     run([str(python), "train.py"], elsewhere, cwd=folder)
 
 
