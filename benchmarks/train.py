@@ -1,0 +1,90 @@
+"""Trains the workloads of `benchmarks/workloads` with methods and seeds; tables, pictures, and docs/evidence.md.
+
+    python benchmarks/train.py --quick --peers      # every workload, some methods, two seeds, short trainings
+    python benchmarks/train.py --workloads digits --methods single sum tuned pcgrad mgda --seeds 5
+    python benchmarks/train.py --data nyuv2=FOLDER --workloads nyuv2
+
+Every training goes through the same loop. What is finished is kept in ``--runs``, and what was stopped goes on at its
+last checkpoint: the same command again does the rest. The data of a training, its initialisation and its batches
+depend on the seed alone, so that methods are compared on the same ones. One thread, unless ``--threads`` says
+otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.isolate import said
+from benchmarks.results import environment
+from benchmarks.training import evidence, pictures
+from benchmarks.training.jobs import Job
+from benchmarks.training.options import Options, parse, plan
+from benchmarks.training.record import Record, finished, write_tables
+from benchmarks.training.run import Run
+from benchmarks.workloads.data.splits import DataMissingError
+
+
+def train(jobs: Sequence[Job], options: Options, console: Console) -> tuple[list[Record], list[str]]:
+    """The records of all jobs, and what went wrong; a peer that fails ends nothing."""
+    facts = environment(options.machine)
+    records, faults = [], []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        whole = bars.add_task("trainings", total=len(jobs), note="")
+        own = bars.add_task("", total=1, note="")
+        for job in jobs:
+            name = " ".join((job.workload, job.method, job.part, f"seed {job.seed}"))
+            bars.reset(own, total=job.steps, description=name, note="")
+            record = finished(job, options.runs)
+            try:
+                if record is None:
+                    run = Run(job, options.runs / f"{job.file}.pt", options.save_every)
+                    bars.update(own, completed=run.done)
+                    record = run.go(lambda done, note: bars.update(own, completed=done, note=note))
+                    record.facts |= facts
+                    record.write(options.runs / f"{job.file}.json")
+                records.append(record)
+            except Exception as error:
+                if "/" not in job.method:
+                    raise
+                faults.append(f"{name}: {said(error)}")
+            bars.advance(whole)
+    return records, faults
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what is missing and writes everything; 1 where something was left out."""
+    options, console = parse(arguments), Console()
+    machine = str(environment(options.machine)["machine"])
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    faults: list[str] = []
+    try:
+        if not options.report_only:
+            records, faults = train(plan(options), options, console)
+            for path in write_tables(records, options.output, machine):
+                console.print(f"wrote {path}", highlight=False)
+        for path in pictures.draw(options.output, machine):
+            console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {evidence.write(options.output, machine, options.docs, faults)}", highlight=False)
+    except DataMissingError as error:
+        console.print(f"[red]{error}[/red]")
+        return 1
+    finally:
+        torch.set_num_threads(before)
+    for fault in faults:
+        console.print(f"LEFT OUT: {fault}", markup=False, highlight=False)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

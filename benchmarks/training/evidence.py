@@ -1,0 +1,174 @@
+"""docs/evidence.md: what the tables of `benchmarks/train.py` show, and nothing that they do not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import scores
+from .costs import HEAD as COST_HEAD
+from .costs import cost_rows, peer_rows, where_time_goes
+from .jobs import PLAIN, SINGLE
+from .pictures import LADDER
+from .record import TABLES, read_table
+from .scores import SUM, Scores
+from .verdict import lines as verdict
+
+Rows = Sequence[dict[str, str]]
+
+
+def write(folder: Path, machine: str, page: Path, faults: Sequence[str] = ()) -> Path:
+    """Writes the page from the tables ``MACHINE-*.csv`` of a folder, whose pictures it shows.
+
+    Args:
+        faults: what a run left out, which is said.
+    """
+    runs, curves, _ = (read_table(folder / f"{machine}-{table}.csv") for table in TABLES)
+    found = scores.read(curves)
+    where = os.path.relpath(folder, page.parent)
+
+    def picture(name: str, title: str) -> list[str]:
+        there = (folder / f"{machine}-train-{name}.png").is_file()
+        return [f"![{title}]({where}/{machine}-train-{name}.png)", ""] if there else []
+
+    parts = [
+        "# Evidence: trainings on the workloads",
+        "",
+        _setting(runs),
+        "",
+        *_workloads(runs),
+        *_deltas(found),
+        *picture("curves", "Delta-m over steps"),
+        *picture("pareto", "The first two tasks against each other"),
+        *verdict(runs, found),
+        *_costs(runs),
+        *picture("costs", "Cost over K"),
+        *_peers(runs),
+        "## Cosines between tasks",
+        "",
+        "Of the trainings with the plain sum, mean over steps and seeds, over the shared parameters.",
+        "",
+        *picture("cosines", "Cosines between tasks"),
+        *_left_out(faults),
+    ]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    return page
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown, with an empty line behind it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def _distinct(rows: Rows, column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+def _setting(runs: Rows) -> str:
+    """Machine, versions, and what was run."""
+    said = {name: ", ".join(_distinct(runs, name)) for name in ("cpu", "threads", "instruction_set", "torch",
+            "mtl_kernels", "commit")}  # fmt: skip
+    days = sorted({row["date"][:10] for row in runs if row.get("date")})
+    span = days[0] if days[:1] == days[-1:] else f"{days[0]} to {days[-1]}"
+    seeds = len(_distinct(runs, "seed"))
+    return (
+        f"Machine: {said['cpu']}, {said['threads']} thread(s), {said['instruction_set']}; torch {said['torch']}, "
+        f"mtl-kernels {said['mtl_kernels']}, commit {said['commit']}, {span}. {len(runs):,} trainings, {seeds} seeds.\n"
+        "This page is written by `benchmarks/train.py` from `benchmarks/results/*-train*.csv`:\n\n"
+        "    python benchmarks/train.py --quick --peers     # trains, draws and writes\n"
+        "    python benchmarks/train.py --report-only       # from the tables that are there\n\n"
+        "Trainings are short, networks small and seeds few: this shows what is equal, what is not, and what it "
+        "costs; it is no "
+        "ranking of methods. Data, initialisation and batches of a training depend on the seed alone; Adam with "
+        "a cosine "
+        "schedule; nothing is tuned but where it says so."
+    )
+
+
+def _workloads(runs: Rows) -> list[str]:
+    rows = []
+    for name in _distinct(runs, "workload"):
+        own = [row for row in runs if row["workload"] == name]
+        row = next((row for row in own if row.get("shared")), own[0])
+        cells = (f"{int(row[column]):,}" if row.get(column) else "" for column in ("parameters", "shared"))
+        rows.append([name, row["sharing"], row["data"], row["K"], *cells, row["steps"], row["batch"]])
+    head = ("workload", "shared", "data", "K", "parameters", "of them shared", "steps", "batch")
+    return ["## Workloads", "", *table(head, rows)]
+
+
+def _deltas(found: dict[str, Scores]) -> list[str]:
+    lines = [
+        "## Delta-m",
+        "",
+        "Percent, mean over tasks of the relative difference to a baseline, positive is better (Maninis et al. "
+        "2019, arXiv "
+        "1904.08918), on test data; plus or minus the standard deviation over seeds. The baseline is the mean "
+        "over its seeds, so "
+        "its own column shows the spread that seeds alone make. *tuned*: the best on validation data of equal "
+        "and drawn fixed "
+        "weights.",
+        "",
+    ]
+    for base, title in ((SINGLE, "Against a network for every task"), (SUM, "Against the plain sum of the losses")):
+        shown = {name: one for name, one in found.items() if base in one.test and not _of_ladder(name, one)}
+        methods = list(dict.fromkeys(m for one in shown.values() for m in one.methods if "/" not in m and m != PLAIN))
+        methods = [m for m in methods if not (base == SUM and m == SINGLE)]
+        rows = [[name, *(_cell(one, method, base) for method in methods)] for name, one in shown.items()]
+        if rows:
+            lines += [f"### {title}", "", *table(("workload", *methods), rows)]
+    return lines
+
+
+def _of_ladder(name: str, one: Scores) -> bool:
+    """Whether a workload is there for its cost alone."""
+    return bool(LADDER.fullmatch(name)) and SINGLE not in one.test
+
+
+def _cell(one: Scores, method: str, base: str) -> str:
+    found = one.delta(method, base)
+    return "" if found is None else f"{found.mean:+.1f} ± {found.deviation:.1f}"
+
+
+def _costs(runs: Rows) -> list[str]:
+    rows, over = cost_rows(runs)
+    if not rows:
+        return []
+    return [
+        "## What a step costs",
+        "",
+        "Medians over the steps and seeds, in milliseconds. *passes*: the K backward passes, and that of an "
+        "auxiliary loss; "
+        "*combination*: from their gradients to `.grad`; *of passes*: the one over the other, 5 % being the "
+        "aim. *Python*: what the "
+        "combination takes beyond the three kernels, measured by themselves. Memory is the peak of a step above "
+        "what was there "
+        "before it.",
+        "",
+        *table(COST_HEAD, rows),
+        *where_time_goes(over, len(rows)),
+    ]
+
+
+def _peers(runs: Rows) -> list[str]:
+    head, rows = peer_rows(runs)
+    if not rows:
+        return []
+    return [
+        "## Other libraries in the same run",
+        "",
+        "The same model, data, seeds and Adam: milliseconds of a whole step, with its peak memory in MB in "
+        "brackets, and what a "
+        "peer takes over ours. *apart*: the distance of the two combined gradients after "
+        "some plain steps, both of length 1; *length* that of the peer's over ours. With more than two tasks, "
+        "methods that draw "
+        "an order have no common result.",
+        "",
+        *table(head, rows),
+    ]
+
+
+def _left_out(faults: Sequence[str]) -> list[str]:
+    return ["## Left out", "", *(f"- {fault}" for fault in faults), ""] if faults else []
