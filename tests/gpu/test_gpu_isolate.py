@@ -76,9 +76,8 @@ def broken(attempts: Attempts) -> None:
 
 
 def test_every_piece_is_tried_once_whatever_the_others_do() -> None:
-    begin = time.monotonic()
     reason, received, lost = run(broken)
-    assert not reason and time.monotonic() - begin < 60
+    assert not reason
     assert dict(lost) == {
         "dies": "its process died of SIGSEGV",
         "exits": "its process ended with 3",

@@ -145,10 +145,10 @@ def test_left(): pass
                                start_new_session=True)  # fmt: skip
     begin = time.monotonic()
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() - begin < 60 and process.poll() is None
+        assert time.monotonic() - begin < 300 and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a stage is asked to end
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 1 and "2 not-run, 1 passed" in said and "not run: " in said
     assert {name: len(case) for name, case in cases(tmp_path / "x.xml").items()} == {
         "test_done": 0, "test_runs": 1, "test_left": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from mtl_optim import MGDA, CAGrad, GradDrop, Method, MultiTaskOptimizer, NashMTL, PCGrad, UPGrad
+from mtl_optim import (
+    MGDA,
+    CAGrad,
+    GradDrop,
+    Method,
+    MultiTaskOptimizer,
+    NashMTL,
+    PCGrad,
+    UPGrad,
+    gram_groups,
+)
 from mtl_optim.distributed import collectives
+from mtl_optim.distributed.checkpoint import TrainingState
+from mtl_optim.distributed.replicated import Replicated
 
 TASKS, SHARE, STEPS = 3, 4, 3
 
@@ -48,7 +55,7 @@ class Net(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(TASKS))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        near = self.trunk(x)
+        near = self.near = self.trunk(x)
         far = torch.tanh(self.bridge(near))
         return [head(near if k == 0 else far).squeeze(-1) for k, head in enumerate(self.heads)]
 
@@ -97,7 +104,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def train(
     how: str, method: str, dtype: torch.dtype = torch.float64, autocast: bool = False, micro: int = 1,
-    blocks: bool = False, scaled: bool = False, world: int = 0, width: int = 11, apart: str = "", **options: Any,
+    blocks: bool = False, scaled: bool = False, world: int = 0, width: int = 11, apart: str = "",
+    features: bool = False, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Some steps on this rank's share of the batches; "one" is a process by itself with those of a whole world."""
     model, share = Net(width).to(dtype), slice(None)
@@ -127,7 +135,8 @@ def train(
                         scaler.scale(losses(forward, x, y, autocast)[f"task{k}"]).backward()
             else:
                 found = {name: scaler.scale(loss) for name, loss in losses(forward, x, y, autocast).items()}
-                optimizer.backward(found, accumulate=part < micro - 1)
+                through = {"features": model.near} if features else {"accumulate": part < micro - 1}
+                optimizer.backward(found, **through)
         scaler.step(optimizer)
         scaler.update()
         assert optimizer.report is not None and optimizer.report.weights is not None
@@ -139,6 +148,174 @@ def train(
         "weights": weights,
         "grams": grams,
     }
+
+
+def changing(how: str, world: int = 0, sends: bool = True) -> dict[str, Any]:
+    """Steps of tasks and shared parameters that change, of rows that are sent as they come."""
+    model, share, told = Net().double(), slice(None), {}
+    forward: nn.Module = model
+    if how != "one":
+        world = dist.get_world_size()
+        share = slice(dist.get_rank() * SHARE, (dist.get_rank() + 1) * SHARE)
+        forward, told = parallel(model, how)
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), MGDA(), **told)
+    found: dict[str, Any] = {"weights": [], "grams": [], "sent": []}
+    original = Replicated.sender
+    Replicated.sender = (lambda *given: found["sent"].append(original(*given)) or found["sent"][-1]) if sends else _no
+    try:
+        for step in range(6):
+            optimizer.zero_grad()
+            x, y = batch(step, world)
+            some = losses(forward, x[share], y[:, share])
+            if step == 3:  # two tasks have one's head
+                some["task1"] = some["task1"] + model.heads[2](model.near[:, :7]).square().mean()
+            if step == 4:
+                del some["task2"]
+            if step == 5:  # one row was captured before
+                with optimizer.task("task1"):
+                    some.pop("task1").backward(retain_graph=True)
+            optimizer.backward(some)
+            optimizer.step()
+            found["weights"].append(optimizer.report.weights.clone())
+            found["grams"].append(optimizer.report.gram.clone())
+    finally:
+        Replicated.sender = original
+    found["sent"] = [sender is not None for sender in found["sent"]]
+    found["params"] = [whole(p) for p in model.parameters()]
+    found["grads"] = [whole(p.grad) for p in model.parameters() if p.grad is not None]
+    return found
+
+
+class Wide(nn.Module):
+    """An embedding, linear layers of more inputs than a batch has rows, one of them used twice, and a head each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(60, 40)
+        self.first, self.again = nn.Linear(80, 96), nn.Linear(96, 96, bias=False)
+        self.heads = nn.ModuleList(nn.Linear(96, 1) for _ in range(8))
+
+    def forward(self, words: Tensor, guest: Callable[[Tensor, nn.Linear], Tensor] | None) -> list[Tensor]:
+        x = torch.tanh(self.first(self.words(words).flatten(1)))
+        x = torch.tanh(self.again(torch.tanh(self.again(x))))
+        if guest is not None:
+            x = guest(x, self.again)
+        return [head(x).squeeze(-1) for head in self.heads]
+
+
+class Hidden(torch.autograd.Function):
+    """Adds to the gradient of a weight in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.held = layer.weight
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            ctx.held.square().sum().backward()
+        return grad, None
+
+
+def wide(
+    how: str, method: str, world: int = 0, sizes: tuple[int, int] = (6, 6), last: bool = False, guest: int = -1,
+    dtype: torch.dtype = torch.float64, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps with rows that may be coordinates; one rank may have a guest that coordinates cannot be taken beside."""
+    model = Wide().to(dtype)
+    forward: nn.Module = model
+    told: dict[str, Any] = {}
+    rank = 0
+    if how != "one":
+        rank = dist.get_rank()
+        forward, told = parallel(model, how)
+    groups = gram_groups(model, model.again) if last else model.parameters()
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.3), METHODS[method](), **told, **options)
+    found: dict[str, Any] = {"weights": [], "grams": [], "counted": []}
+    originals = count_collectives(found["counted"])
+    try:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            words = torch.randint(0, 60, (sum(sizes), 2), generator=generator)
+            y = torch.randn(8, sum(sizes), generator=generator, dtype=torch.float64).to(dtype)
+            share = slice(None) if how == "one" else slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            outputs = forward(words[share], Hidden.apply if rank == guest and how != "one" else None)
+            optimizer.backward([(out - y[k, share]).square().mean() for k, out in enumerate(outputs)])
+            optimizer.step()
+            found["weights"].append(optimizer.report.weights.clone())
+            found["grams"].append(optimizer.report.gram.clone())
+    finally:
+        for name, original in originals.items():
+            setattr(collectives, name, original)
+    found["counted"] = sum(found["counted"])
+    found["params"] = [whole(p) for p in model.parameters()]
+    found["grads"] = [whole(p.grad) for p in model.parameters() if p.grad is not None]
+    found["how"] = None if optimizer.report.factoring is None else optimizer.report.factoring.how
+    return found
+
+
+def count_collectives(counts: list[int]) -> dict[str, Any]:
+    """Notes the elements of every tensor that is reduced or gathered; what to put back."""
+    originals = {name: getattr(collectives, name) for name in ("start_reduce_scatter", "all_gather", "all_reduce")}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(tensor: Tensor, *given: Any) -> Any:
+            counts.append(tensor.numel() * {"all_gather": given[0], "all_reduce": 2}.get(name, 1))
+            return originals[name](tensor, *given)
+
+        return call
+
+    for name in originals:
+        setattr(collectives, name, counting(name))
+    return originals
+
+
+def _no(*given: Any) -> None:
+    return None
+
+
+def rows_that_are_gone() -> list[int]:
+    """How many elements of earlier tasks' gradients are held when a pass begins, in a step whose rows are sent."""
+    torch.manual_seed(0)
+    trunk = nn.Linear(50, 40, bias=False).double()
+    heads = [nn.Linear(40, 1).double() for _ in range(4)]
+    params = [*trunk.parameters(), *(p for head in heads for p in head.parameters())]
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(params, lr=0.1), PCGrad(), data_parallel=dist.group.WORLD)
+    alive: list[weakref.ref[Tensor]] = []
+    found: list[int] = []
+    trunk.weight.register_post_accumulate_grad_hook(lambda p: alive.append(weakref.ref(p.grad)))
+    for _ in range(2):
+        alive.clear()
+        optimizer.zero_grad()
+        z = trunk(torch.randn(8, 50, dtype=torch.float64))
+        z.register_hook(lambda grad: found.append(sum(one() is not None for one in alive)))
+        optimizer.backward([head(z).square().mean() for head in heads])
+    return found
+
+
+def an_error_while_rows_are_sent(how: str) -> dict[str, Any]:
+    """On one rank, in the second pass of the second step; then a step that goes well."""
+    model = Net().double()
+    forward, told = parallel(model, how)
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), MGDA(), **told)
+    rank, said = dist.get_rank(), ""
+    for step in range(3):
+        x, y = batch(step, 2)
+        found = losses(forward, x[rank * SHARE :][:SHARE], y[:, rank * SHARE :][:, :SHARE])
+        if step == 1 and rank == 1:
+            found["task1"].register_hook(_raise)
+        before = [whole(p.grad) if p.grad is not None else None for p in model.parameters()]
+        try:
+            optimizer.backward(found)
+            optimizer.step()
+            optimizer.zero_grad()
+        except (ValueError, RuntimeError) as error:
+            said = f"{type(error).__name__}: {error}"
+            assert before == [p.grad for p in model.parameters()]
+    return {"said": said, "params": [whole(p) for p in model.parameters()]}
 
 
 def outcome(optimizer: MultiTaskOptimizer, model: nn.Module) -> dict[str, Any]:
@@ -251,34 +428,26 @@ def absent_on_one_rank_alone() -> dict[str, Any]:
     return outcome(optimizer, model)
 
 
-def bytes_sent(how: str, tasks: int) -> dict[str, int]:
-    """What a combination hands to collectives, in elements."""
+def elements_sent(how: str, tasks: int, steps: int = 1, mode: str = "") -> float:
+    """What a rank sends by rings in the last of some steps, of 960 + 240 shared parameters and 10 of every task."""
     torch.manual_seed(0)
-    trunk = nn.Linear(40, 25, bias=False).double()
-    heads = [nn.Linear(25, 1, bias=False).double() for _ in range(tasks)]
-    params = [*trunk.parameters(), *(p for head in heads for p in head.parameters())]
+    trunk = nn.Sequential(nn.Linear(40, 24, bias=False), nn.Linear(24, 10, bias=False)).double()
+    heads = [nn.Linear(10, 1, bias=False).double() for _ in range(tasks)]
+    first, *rest = [*trunk.parameters(), *(p for head in heads for p in head.parameters())]
+    groups = [{"params": [first], "gram": mode != "gram=False"}, {"params": rest}]
     _, told = parallel(trunk, how)
-    optimizer = MultiTaskOptimizer(torch.optim.SGD(params, lr=0.1), PCGrad(), **told)
-    z = trunk(torch.randn(8, 40, dtype=torch.float64))
-    counted: dict[str, int] = {}
-    originals = {name: getattr(collectives, name) for name in ("reduce_scatter", "all_gather", "all_reduce")}
-
-    def counting(name: str) -> Callable[..., Any]:
-        def call(tensor: Tensor, *given: Any) -> Any:
-            times = given[0] if name == "all_gather" else 1
-            counted[name] = counted.get(name, 0) + times * tensor.numel()
-            return originals[name](tensor, *given)
-
-        return call
-
-    for name in originals:
-        setattr(collectives, name, counting(name))
-    try:
-        optimizer.backward([head(z).square().mean() for head in heads])
-    finally:
-        for name, original in originals.items():
-            setattr(collectives, name, original)
-    return counted
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.1), PCGrad(), **told)
+    for _ in range(steps):
+        z = trunk(torch.randn(8, 40, dtype=torch.float64))
+        counts: list[int] = []
+        originals = count_collectives(counts)
+        try:
+            features = {"features": z} if mode == "features" else {}
+            optimizer.backward([head(z).square().mean() for head in heads], **features)
+        finally:
+            for name, original in originals.items():
+                setattr(collectives, name, original)
+    return sum(counts) * (dist.get_world_size() - 1) / dist.get_world_size()
 
 
 def buffers_of_a_model(how: str) -> list[Tensor]:
@@ -315,12 +484,6 @@ def elements() -> None:
     MultiTaskOptimizer(torch.optim.SGD(Net().parameters()), GradDrop(), data_parallel=dist.group.WORLD)
 
 
-def factors() -> None:
-    MultiTaskOptimizer(
-        torch.optim.SGD(Net().parameters()), PCGrad(), capture="factored", data_parallel=dist.group.WORLD
-    )
-
-
 def train_and_save(how: str, folder: str, steps: int, kill_at: int | None = None) -> list[Tensor]:
     """Steps with a checkpoint after each, from the last one that is there; rank 1 may be killed in one of them."""
     model = Net().double()
@@ -343,33 +506,30 @@ def train_and_save(how: str, folder: str, steps: int, kill_at: int | None = None
         dist.barrier()
         if dist.get_rank() == 0:
             open(os.path.join(folder, f"done{step + 1}"), "w").close()
-    return [whole(p) for p in model.parameters()]
+    momentum = [whole(inner.state[p]["momentum_buffer"]) for p in model.parameters()]
+    drawn = [torch.as_tensor(value) for value in optimizer.method.state_dict().values()]
+    assert drawn, "the random orders of PCGrad"
+    return [*(whole(p) for p in model.parameters()), *momentum, *drawn]
 
 
 def save(sharded: bool, path: str, model: nn.Module, optimizer: MultiTaskOptimizer) -> None:
     if sharded:
-        states = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer.optimizer),
-        }
-        checkpoint.save(states, checkpoint_id=path)
-        torch.save(optimizer.state_dict()["mtl"], f"{path}.rank{dist.get_rank()}")
+        checkpoint.save({"training": TrainingState(model, optimizer)}, checkpoint_id=path)
     elif dist.get_rank() == 0:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
 
 
 def restore(sharded: bool, path: str, model: nn.Module, optimizer: MultiTaskOptimizer) -> None:
-    if not sharded:
-        found = torch.load(path, weights_only=True)
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
+    if sharded:
+        checkpoint.load({"training": TrainingState(model, optimizer)}, checkpoint_id=path)
         return
-    states = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer.optimizer),
-    }
-    checkpoint.load(states, checkpoint_id=path)
-    set_model_state_dict(model, states["model"])
-    set_optimizer_state_dict(model, optimizer.optimizer, states["optimizer"])
-    mtl = torch.load(f"{path}.rank0", weights_only=True)
-    optimizer.load_state_dict({**optimizer.optimizer.state_dict(), "mtl": mtl})
+    found = torch.load(path, weights_only=True)
+    model.load_state_dict(found["model"])
+    optimizer.load_state_dict(found["optimizer"])
+
+
+def load_with_another_method(path: str) -> None:
+    model = Net().double()
+    parallel(model, "fsdp")
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), NashMTL())
+    restore(True, path, model, optimizer)

@@ -12,8 +12,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-SECONDS = 60
-"""What a scenario may take."""
+SECONDS = 300
+"""What a scenario may take, also on a machine that is busy."""
 
 
 class World:
@@ -24,7 +24,7 @@ class World:
         timeout: seconds after which a collective gives up.
     """
 
-    def __init__(self, size: int, timeout: float = 30) -> None:
+    def __init__(self, size: int, timeout: float = 120) -> None:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
@@ -63,7 +63,7 @@ class World:
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(SECONDS):
                 self.close()
-                raise RuntimeError(f"rank {rank} of {scenario.__name__} did not return within {SECONDS} s")
+                raise RuntimeError(f"rank {rank} of {scenario} did not return within {SECONDS} s")
             try:
                 found.append(pipe.recv())
             except EOFError:

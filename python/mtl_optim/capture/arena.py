@@ -85,6 +85,9 @@ class Arena:
     def check(self, rows: Mapping[RowKey, Row]) -> None:
         """Nothing to do: nobody else has this memory."""
 
+    def let_go(self, task: RowKey, row: Row, kept: Row) -> None:
+        """Nothing to do: the memory is the arena's."""
+
     def close(self) -> bool:
         self._open = None
         return False

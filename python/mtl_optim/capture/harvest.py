@@ -113,6 +113,14 @@ class Harvest:
                     "into a param group with mtl=False"
                 )
 
+    def let_go(self, task: RowKey, row: Row, kept: Row) -> None:
+        for grad, still in zip(row, kept, strict=True):
+            if grad is not None and still is None:
+                key = memory_of(grad).untyped_storage().data_ptr()
+                if key in self._taken:
+                    self._taken[key] = [owner for owner in self._taken[key] if owner is not grad]
+        self._versions[task] = _versions(kept)
+
     def close(self) -> bool:
         (self._taken, self._versions), self._before = self._before, ({}, {})
         overwritten, self._overwritten = self._overwritten, []

@@ -29,6 +29,9 @@ class Capture(Protocol):
     def check(self, rows: Mapping[RowKey, Row]) -> None:
         """Raise RuntimeError if a row is not what was taken, which no combination can mend."""
 
+    def let_go(self, task: RowKey, row: Row, kept: Row) -> None:
+        """Some tensors of a row that was taken were copied elsewhere; ``kept`` has None for them."""
+
     def close(self) -> bool:
         """Drops what was taken since `prepare`, of passes that failed; whether they overwrote rows from before it."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from . import collectives
@@ -48,9 +48,18 @@ class Agreement:
         return [value for _, value in found]
 
     def sum(self, values: Tensor) -> Tensor:
-        """That of all ranks, added in their order: the same bits on all of them."""
-        parts = collectives.all_gather(values.contiguous().view(-1), self.size, self.group)
-        return parts.view(self.size, *values.shape).sum(0)
+        """The sum over all ranks: the same bits on all of them, as every element is added up on one."""
+        flat = nn.functional.pad(values.reshape(-1), (0, -values.numel() % self.size))
+        mine = collectives.reduce_scatter(flat, self.size, self.group)
+        return collectives.all_gather(mine, self.size, self.group)[: values.numel()].view(values.shape)
+
+    def gather(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+        """The tensors of all ranks, in their order, of these sizes along a dimension."""
+        own = tensor.detach().movedim(dim, 0)
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        found = collectives.all_gather(padded.view(-1), self.size, self.group).view(self.size, *padded.shape)
+        return [there[:size].movedim(0, dim) for there, size in zip(found, sizes, strict=True)]
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks, at their next exchange, that this one will not be there."""

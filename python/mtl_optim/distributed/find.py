@@ -75,10 +75,10 @@ def check_several(ranks: Ranks, options: Options) -> None:
     """Raise ValueError for options that are not for several ranks."""
     if not ranks.several:
         return
-    if options.capture == "factored":
+    if options.capture == "factored" and ranks.hides:
         raise ValueError(
-            f'{OWNER}: capture="factored" on several ranks: rows of the mean over the ranks have no common '
-            'coordinates; use capture="harvest"'
+            f'{OWNER}: capture="factored" where parameters are sharded: the graphs do not show them, and the framework '
+            'reduces their whole gradients; use capture="harvest"'
         )
     if isinstance(options.method, RowMethod):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +20,7 @@ class Local:
     """
 
     several = hides = False
+    rank = 0
 
     def __init__(self, apart: bool = False) -> None:
         self._apart = apart
@@ -39,8 +41,17 @@ class Local:
     def fail(self, error: BaseException) -> None:
         """Nobody to tell."""
 
+    def agree(self, what: str, value: Any) -> list[Any]:
+        return [value]
+
+    def gather(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+        return [tensor]
+
+    def sender(self, num_rows: int, params: Sequence[Tensor]) -> None:
+        return None
+
     def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
-        return [Reduced([*rows], [], []) for rows in batches]
+        return [Reduced([*rows], []) for rows in batches]
 
     def total(self, gram: Tensor) -> Tensor:
         return gram

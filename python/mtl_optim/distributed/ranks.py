@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..capture.grads import Row
+from .layout import Layout
+from .sending import Sender
 
 
 class RanksDisagreeError(RuntimeError):
@@ -21,12 +23,12 @@ class Reduced(NamedTuple):
         rows: K lists of P tensors or None; a parameter's tensor may be a piece of its gradient, flat, also of no
             elements. The pattern of None is the same on all ranks.
         counted: length P, what this rank counts in a Gram matrix.
-        split: length P, whether the rows hold a piece of a parameter.
+        layouts: of the parameters that the rows hold pieces of.
     """
 
     rows: list[Row]
     counted: list[bool]
-    split: list[bool]
+    layouts: Sequence[Layout] = ()
 
 
 class Ranks(Protocol):
@@ -37,16 +39,27 @@ class Ranks(Protocol):
     Attributes:
         several: whether there are other ranks.
         hides: whether the graphs of losses do not show the parameters of the optimizer.
+        rank: the place of this one among them.
     """
 
     several: bool
     hides: bool
+    rank: int
 
     def check(self, point: str) -> None:
         """Raise where this rank alone would be at this point of a step, or where gradients are not handled."""
 
     def fail(self, error: BaseException) -> None:
         """Tells the other ranks of an error of this one."""
+
+    def agree(self, what: str, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, exchanged on the host."""
+
+    def gather(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+        """The tensors of all ranks, in their order, of these sizes along a dimension."""
+
+    def sender(self, num_rows: int, params: Sequence[Tensor]) -> Sender | None:
+        """What takes the complete rows of a call one by one; None where they wait for `reduce`."""
 
     def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
         """The rows of this rank, of every batch, as rows of the mean over all ranks."""

@@ -24,6 +24,7 @@ class Sharded:
 
     def __init__(self) -> None:
         self._agreement = Agreement(None)
+        self.rank = self._agreement.rank
         self._params: list[Tensor] = []
         self._counted: list[bool] = []
 
@@ -33,13 +34,22 @@ class Sharded:
     def fail(self, error: BaseException) -> None:
         self._agreement.fail(error)
 
+    def agree(self, what: str, value: Any) -> list[Any]:
+        return self._agreement.exchange(what, value)
+
+    def gather(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
+        return self._agreement.gather(tensor, dim, sizes)
+
+    def sender(self, num_rows: int, params: Sequence[Tensor]) -> None:
+        return None
+
     def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
         self._check_masks([[grad is not None for grad in row] for rows in batches for row in rows])
         counted = self._counts(params)
         found = []
         for rows in batches:
             local = [[_local(grad, param) for grad, param in zip(row, params, strict=True)] for row in rows]
-            found.append(Reduced(local, counted, [True] * len(params)))
+            found.append(Reduced(local, counted))
         return found
 
     def total(self, gram: Tensor) -> Tensor:

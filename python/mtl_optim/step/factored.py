@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..capture.batched import Frontier
-from ..capture.factors import Factor, is_recomputed, make_factor, pays
+from ..capture.factors import Factor, Shares, is_multiplied, is_recomputed, make_factor, pays
 from ..capture.grads import Row, RowKey, add_grads, grad_dtype, put_grads, take_grads
 from ..capture.passes import hooked, run_backward
 from ..capture.products import Use, most_rows, uses_of
 from ..capture.reach import Reach
+from ..distributed.ranks import Ranks
 from ..monitor.report import Factoring
 from .parameters import Parameters
 from .pending import Pending
@@ -29,6 +30,17 @@ the weights to be read, which it reads once."""
 
 _AT_ONCE = 8
 """Tasks of one batched pass: their products fill the machine, and what goes through the graph takes as much memory."""
+
+
+class Candidate(NamedTuple):
+    """A weight that may be factored.
+
+    Attributes:
+        sizes: the rows of its inputs, and the tasks that reach it.
+    """
+
+    uses: list[Use]
+    sizes: tuple[int, int]
 
 
 class UnseenUseError(Exception):
@@ -47,7 +59,7 @@ class Factored:
         frontier: where batched passes begin; None for a pass a task.
         parameters: those that rows are over. dense: those of them whose rows are gradients, at ``places``.
         outside: leaves that are in no optimizer and receive the plain sum.
-        factors: by the place of a parameter in ``parameters``, with its uses.
+        factors: by the place of a parameter in ``parameters``, with its uses. ranks: whose rows add up.
         report: for `Report`. proven: whether a step has been taken this way before.
         taken: the dense part of the rows.
     """
@@ -62,6 +74,7 @@ class Factored:
     uses: dict[int, list[Use]]
     report: Factoring
     proven: bool
+    ranks: Ranks
     taken: dict[RowKey, Row] = dataclasses.field(default_factory=dict)
 
     def rows(self, named: Mapping[str, Tensor], pending: Pending, retain_graph: bool) -> dict[RowKey, Row]:
@@ -71,10 +84,10 @@ class Factored:
             UnseenUseError, BatchingError: see there. Unless ``proven``, the graph is still there.
         """
         keep = retain_graph or (not self.proven and (self.frontier is not None or self.reach.custom))
-        factored = (
-            self._looped(named, pending, keep)
+        factored = self._agreed(
+            functools.partial(self._looped, named, pending, keep)
             if self.frontier is None
-            else self._batched(self.frontier, named, pending, keep)
+            else functools.partial(self._batched, self.frontier, named, pending, keep)
         )
         pending.check_rows(self.taken)
         rows: dict[RowKey, Row] = {}
@@ -83,6 +96,32 @@ class Factored:
             for p, grad in zip(self.places, self.taken[name], strict=True):
                 row[p] = grad
         return rows
+
+    def likes(self) -> list[Tensor]:
+        """What the rows hold for every parameter, by shape and dtype."""
+        return [self.factors[p].like if p in self.factors else param for p, param in enumerate(self.parameters.managed)]
+
+    def _agreed(self, passes: Callable[[], list[dict[int, Tensor]]]) -> list[dict[int, Tensor]]:
+        """What some passes return, unless they have to be run another way on any rank."""
+        found: list[dict[int, Tensor]] = []
+        failure: UnseenUseError | BatchingError | None = None
+        said: tuple[str, Any] | None = None
+        try:
+            found = passes()
+        except UnseenUseError as error:
+            places = {id(param): p for p, param in enumerate(self.parameters.managed)}
+            failure, said = error, ("unseen", [places[id(param)] for param in error.args])
+        except BatchingError as error:
+            failure, said = error, ("batched", str(error))
+        everywhere = self.ranks.agree("passes for factored rows", said)
+        if failure is not None:
+            raise failure
+        for rank, there in enumerate(everywhere):
+            if there is not None and there[0] == "unseen":
+                raise UnseenUseError(*(self.parameters.managed[p] for p in there[1]))
+            if there is not None:
+                raise BatchingError(f"on rank {rank}, {there[1]}")
+        return found
 
     def gradient(self, p: int, combined: Tensor) -> Tensor:
         """That of a parameter, from what its rows combine to."""
@@ -214,46 +253,43 @@ class FactoredPlans:
         self._unseen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._one_by_one = False
 
-    def make(self, losses: Sequence[Tensor], parameters: Parameters, others: bool) -> Factored | None:
+    def make(self, losses: Sequence[Tensor], parameters: Parameters, others: bool, ranks: Ranks) -> Factored | None:
         """For a step; None where the graph hides parameters from all passes but ordinary ones.
 
         Args:
             parameters: those that rows are over.
             others: whether leaves outside them receive the plain sum; else nothing.
+            ranks: of the run, whose rows have the same coordinates.
 
         Raises:
             ValueError: one pass for all tasks was asked for, and hooks forbid it.
         """
         reach = Reach(losses)
-        if reach.reentrant:
-            return None
         nodes = {id(leaf): node for node, leaf in reach.leaves.items()}
+        own = [self._candidate(nodes.get(id(param)), p, param, reach) for p, param in enumerate(parameters.managed)]
+        everywhere = ranks.agree(
+            "factored rows", None if reach.reentrant else [one if isinstance(one, str) else one.sizes for one in own]
+        )
+        if any(there is None for there in everywhere):
+            return None
         factors: dict[int, Factor] = {}
-        all_uses: dict[int, list[Use]] = {}
+        uses: dict[int, list[Use]] = {}
         how = []
-        for p, param in enumerate(parameters.managed):
-            node = nodes.get(id(param))
-            if node is None or not reach.shared(node):
-                how.append("not reached" if node is None else "one task")
+        for p, (param, one, *there) in enumerate(zip(parameters.managed, own, *everywhere, strict=True)):
+            found = one if isinstance(one, str) else _on_all_ranks(param, one, there)
+            if isinstance(found, str) or isinstance(one, str):
+                how.append(str(found))
                 continue
-            uses = self._uses(node, p, param, reach)
-            if isinstance(uses, list):
-                try:
-                    factors[p] = make_factor(param, uses)
-                except TypeError as error:
-                    uses = str(error)
-            if isinstance(uses, str):
-                how.append(f"dense: {uses}")
-                continue
-            all_uses[p] = uses
-            how.append(f"factored: {sum(use.rows for use in uses)} rows")
+            factors[p] = make_factor(param, one.uses, Shares(found, ranks.rank, ranks.gather))
+            uses[p] = one.uses
+            how.append(f"factored: {sum(found)} rows")
         places = [p for p in range(len(parameters.managed)) if p not in factors]
         known = set(map(id, (*parameters.managed, *parameters.others)))
         outside = [leaf for leaf in reach.leaves.values() if id(leaf) not in known] if others else []
         dense = parameters.at(places)
         frontier = self._frontier([*dense.managed, *dense.others, *outside], reach, parameters)
         report = Factoring("loop" if frontier is None else "batched", tuple(how))
-        return Factored(reach, frontier, parameters, dense, places, outside, factors, all_uses, report, self.proven)
+        return Factored(reach, frontier, parameters, dense, places, outside, factors, uses, report, self.proven, ranks)
 
     def unseen(self, error: UnseenUseError) -> None:
         """Takes dense rows of some weights from now on."""
@@ -266,6 +302,15 @@ class FactoredPlans:
         self._one_by_one, self.proven = True, False
         return self._passes == "auto"
 
+    def _candidate(self, node: Node | None, p: int, param: Tensor, reach: Reach) -> Candidate | str:
+        """A weight that may be factored, or why it is not."""
+        if node is None or not reach.shared(node):
+            return "not reached" if node is None else "one task"
+        uses, num_tasks = self._uses(node, p, param, reach), reach.tasks[node].bit_count()
+        if isinstance(uses, str):
+            return f"dense: {uses}"
+        return Candidate(uses, (sum(use.rows for use in uses), num_tasks))
+
     def _uses(self, node: Node, p: int, param: Tensor, reach: Reach) -> list[Use] | str:
         """The uses of a weight, or why its rows are dense."""
         if not param.is_floating_point() or param.dim() < 2 or param.layout is not torch.strided:
@@ -277,13 +322,15 @@ class FactoredPlans:
         uses = uses_of(node, param, reach)
         if isinstance(uses, str):
             return uses
-        num_tasks = reach.tasks[node].bit_count()
-        if not pays(num_tasks, param, uses):
-            return f"{sum(use.rows for use in uses)} rows are too many"
+        rows = sum(use.rows for use in uses)
+        if not pays(reach.tasks[node].bit_count(), param, uses, rows, 1):
+            return f"{rows} rows are too many"
         key = (p, *((use.node.name(), use.rows) for use in uses))
         if key not in self._recomputed:
             self._recomputed[key] = any(map(is_recomputed, uses))
-        return "its inputs are recomputed at every look" if self._recomputed[key] else uses
+        if self._recomputed[key]:
+            return "its inputs are recomputed at every look"
+        return uses if all(map(is_multiplied, uses)) else "inputs that are not dense and real"
 
     def _frontier(self, leaves: Sequence[Tensor], reach: Reach, parameters: Parameters) -> Frontier | None:
         """Where passes that serve several tasks begin; None where every task has its own."""
@@ -302,6 +349,19 @@ class FactoredPlans:
             return None
         frontier = Frontier(reach)
         return None if frontier.nested or frontier.mixed else frontier
+
+
+def _on_all_ranks(param: Tensor, own: Candidate, told: Sequence[str | tuple[int, int]]) -> list[int] | str:
+    """The rows of a weight's inputs on all ranks, or why it is not factored."""
+    sizes = []
+    for rank, one in enumerate(told):
+        if isinstance(one, str):
+            return f"{one} on rank {rank}"
+        sizes.append(one[0])
+    num_tasks = max(one[1] for one in told if not isinstance(one, str))
+    if not pays(num_tasks, param, own.uses, sum(sizes), len(sizes)):
+        return f"dense: {sum(sizes)} rows on {len(sizes)} ranks are too many"
+    return sizes
 
 
 def _has_hooks(leaf: Tensor) -> bool:

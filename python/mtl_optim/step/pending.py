@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..capture.grads import BatchOfTask, Row, RowKey, same_tensors
 from ..capture.protocol import Capture
+from ..distributed.sending import Sender, Sent
 from ..warn import warn_user
 from .lazy import LazyGrad, stand_aside, stand_in
 from .losses import reaches_nothing
@@ -117,9 +119,16 @@ class Pending:
             raise reaches_nothing(key)
         return row
 
+    def send(self, key: RowKey, row: Row, sender: Sender) -> Row:
+        """What stands for a complete row that is on its way to the other ranks; its own memory is free again."""
+        with torch.no_grad():
+            sent = sender.send(row)
+        self._capture.let_go(key, row, sent.kept)
+        return sent
+
     def check_rows(self, rows: Mapping[RowKey, Row]) -> None:
         """Raise RuntimeError if one is not what was captured; see `Capture.check`."""
-        self._capture.check(rows)
+        self._capture.check({key: row.kept if isinstance(row, Sent) else row for key, row in rows.items()})
 
     def losses_with(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss values of the step with those of ``named`` added."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..capture.grads import Isolation, Row, RowKey, add_grads
 from ..distributed.ranks import Ranks
+from ..distributed.sending import Sent
 from ..options import Options
 from .advice import Advice
 from .batches import Batches
@@ -64,7 +65,7 @@ class Settlement:
     def check_rows(self, rows: Mapping[RowKey, Row], managed: Sequence[Tensor]) -> None:
         """Raise RuntimeError if some are not what was captured; look for parameters that tasks share in parts."""
         self.pending.check_rows(rows)
-        if not self.ranks.hides:
+        if not self.ranks.hides and not any(isinstance(row, Sent) for row in rows.values()):
             self.advice.packed(self.batches.split(rows)[-1], managed)
 
     def combined(
@@ -74,7 +75,13 @@ class Settlement:
         losses: Mapping[str, Tensor],
         parameters: Parameters,
         names_given: bool,
+        likes: Sequence[Tensor] | None = None,
     ) -> Combined:
+        """What the rows of a step come to.
+
+        Args:
+            likes: of the shapes and dtypes of the rows, where these are not those of the parameters.
+        """
         batches = self.batches.split(rows)
         last = batches[-1]
         if len(last) == 1:
@@ -86,15 +93,15 @@ class Settlement:
             device = next((param.device for param in parameters.managed), torch.device("cpu"))
             values = stack_losses(losses, tasks, device)
         *earlier, found = [[batch.get(name, absent) for name in tasks] for batch in batches]
-        ranks, managed = self.ranks, parameters.managed
+        ranks, likes = self.ranks, parameters.managed if likes is None else likes
         with torch.no_grad():
             values = None if values is None else ranks.mean(values)
-            *before, reduced = ranks.reduce([*earlier, found], managed)
+            *before, reduced = ranks.reduce([*earlier, found], likes)
             combined = self._combiner(
                 tasks, reduced.rows, parameters, values, [one.rows for one in before], self.share_is_due,
                 ranks.total if ranks.several else None, reduced.counted,
             )  # fmt: skip
-            combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, reduced, managed))
+            combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, reduced, likes))
         tell_norms(self.options.transform, combined.report, list(last))
         if method.stops_at_zero_rows:
             self.advice.zero_rows(combined.report)

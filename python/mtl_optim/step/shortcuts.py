@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Shortcuts:
             values = self._settlement.losses_with(named, 0) if self._settlement.options.method.needs_losses else {}
             combined = self._settlement.combined(tasks, rows, values, whole, names_given)
             through.run_behind(combined.grads, sums, retain_graph)
-            behind = take_grads(parameters.managed)
+            behind = self._settlement.ranks.average(take_grads(parameters.managed), parameters.managed)
         except BaseException:
             isolation.undo()
             raise
@@ -123,7 +123,7 @@ class Shortcuts:
         inside = parameters if partial is None else partial.rows
         plans = self._plans
         others = partial is None and not self._settlement.keeps
-        factored = None if plans is None else plans.make(list(named.values()), inside, others)
+        factored = None if plans is None else plans.make(list(named.values()), inside, others, self._settlement.ranks)
         if plans is not None and factored is None:
             self._settlement.advice.once(
                 "unfactored",
@@ -177,11 +177,15 @@ class Shortcuts:
                 self._settlement.check_rows(rows, inside.managed)
             values = self._settlement.losses_with(named, 0) if self._settlement.options.method.needs_losses else {}
             whole = rows if partial is None else {name: partial.whole(row, parameters) for name, row in rows.items()}
-            combined = self._settlement.combined(tasks, whole, values, parameters, names_given)
+            likes = list(managed)
+            if factored is not None:
+                for at, like in zip(_places(partial, managed), factored.likes(), strict=True):
+                    likes[at] = like
+            combined = self._settlement.combined(tasks, whole, values, parameters, names_given, likes)
             grads, report = list(combined.grads), combined.report
             if factored is not None:
                 report = dataclasses.replace(report, factoring=factored.report)
-                for p, at in enumerate(range(len(managed)) if partial is None else partial.places):
+                for p, at in enumerate(_places(partial, managed)):
                     if (grad := grads[at]) is not None:
                         grads[at] = factored.gradient(p, grad)
             if partial is not None:
@@ -227,3 +231,8 @@ class Shortcuts:
                 "here; call checkpoint(..., use_reentrant=False)",
             )
         return partial
+
+
+def _places(partial: Partial | None, managed: Sequence[Tensor]) -> Sequence[int]:
+    """Where the parameters that rows are over stand among the managed ones."""
+    return range(len(managed)) if partial is None else partial.places

@@ -113,9 +113,11 @@ class TrainingStep:
             self._surroundings.look(named, parameters, self._settlement.keeps, _combined_elsewhere(self))
         self._advice.findings(self._surroundings.findings)
         call = Call(named, tasks, parameters, retain_graph, isinstance(losses, Mapping))
-        if features is not None and self._ranks.several:
+        if features is not None and self._ranks.hides:
             raise ValueError(
-                "features= over several ranks is not handled: each has features of its own batch; use gram=False groups"
+                "features= where parameters are sharded is not handled: passes down to the features do not go through "
+                "the framework's hooks, so that gradients of the heads would not be reduced; use replicated parameters "
+                "(data_parallel=), or leave features= out"
             )
         if features is not None:
             self._shortcuts.through(call, features, accumulate)
@@ -132,6 +134,8 @@ class TrainingStep:
         inputs = [*managed, *parameters.others] if keeps else None
         isolation = Isolation(managed, parameters.others)
         rows, versions = dict(pending.rows), pending.versions()
+        more = accumulate or batches.number > 1
+        sender = None if more else self._ranks.sender(len(named), managed)
         try:
             for k, (name, loss) in enumerate(named.items()):
                 key = batches.key(name, batch)
@@ -140,15 +144,20 @@ class TrainingStep:
                 keep = retain_graph or k < len(named) - 1
                 run_backward(functools.partial(loss.backward, retain_graph=keep, inputs=inputs))
                 rows[key] = pending.take(key, parameters, previous, outside)
+                if sender is not None:
+                    rows[key] = pending.send(key, rows[key], sender)
             values = self._settlement.losses_with(named, batch) if self.options.method.needs_losses else {}
-            more = accumulate or batches.number > 1
             combined = None
             if not more:
                 self._settlement.check_rows(rows, managed)
                 combined = self._settlement.combined(tasks, rows, values, parameters, names_given)
-        except BaseException:
-            isolation.undo()
-            pending.after_failure(versions)
+        except BaseException as error:
+            try:
+                if sender is not None and isinstance(error, Exception):
+                    sender.give_up()
+            finally:
+                isolation.undo()
+                pending.after_failure(versions)
             raise
         self._settlement.finish(isolation, parameters, keep_others=not batches.is_last(batch))
         self.progress.tasks = tasks
