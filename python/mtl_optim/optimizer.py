@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from .capture.compiled import keep_buffers
 from .cuda_graphs import refuse_capture
 from .distributed.find import check_added, check_several, find_ranks
 from .distributed.ranks import Ranks
@@ -62,6 +64,11 @@ class MultiTaskOptimizer(OptimizerWrapper):
     it is. With GradScaler, scale every loss. Whoever reads a ``.grad`` between `task` blocks and `step` gets the
     combination, which is then made.
 
+    Models may be compiled, as a whole or in parts, and `step` too. So that a compiled graph can take several backward
+    passes, building one of these turns ``torch._functorch.config.donated_buffer`` off and adds to
+    ``torch.compiler.config.cache_key_tag``, for all that is compiled later. Calls of `backward` and `combine` in a
+    compiled function are graph breaks, one each.
+
     Args:
         optimizer: any `torch.optim.Optimizer`; or a list of them over different parameters (Muon for matrices and AdamW
             for the rest), which share one combination and step one after the other, the first with the closure.
@@ -93,8 +100,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             batches. The reducer of the model is kept out for as long as this optimizer lives. Parameters sharded with
             fully_shard (FSDP2) or tensor parallel are seen by themselves. In a run of several ranks one of them is
             needed, or ``False`` where ranks train apart. All ranks have to run the same tasks in the same order. It is
-            not part of copies and pickles. Methods that combine elements, ``features=`` and ``capture="factored"`` are
-            for one rank.
+            not part of copies and pickles. Methods that combine elements are for one rank; ``features=`` and
+            ``capture="factored"`` also for ranks with replicated parameters.
         reduce: with replicated parameters, "scatter" leaves a rank a piece of every row, and sends (K + 1) N (R - 1) /
             R elements for K tasks, N shared parameters and R ranks; "all" leaves whole rows on all of them, and sends
             2 K N (R - 1) / R.
@@ -124,7 +131,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
     Raises:
         TypeError, ValueError: an argument of another type, an unknown option, options that do not go together, or a
             parameter in two optimizers.
-        RuntimeError: sharded parameters (DTensor).
+        RuntimeError: parameters sharded by FSDP1 or DeepSpeed, or plain ones beside DTensors; ``data_parallel`` without
+            a process group.
     """
 
     def __init__(
@@ -163,6 +171,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         check_several(self._ranks, self.options)
 
     def _start(self, progress: Progress, told: set[str], ranks: Ranks) -> None:
+        keep_buffers()
         self._told, self._ranks = told, ranks
         self._training = TrainingStep(self.optimizers, self.options, progress, told, ranks)
 
@@ -186,6 +195,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """The last combination; None before the first. Reading it copies nothing to the host."""
         return self._training.progress.report
 
+    @_disable_dynamo
     def backward(
         self,
         losses: Sequence[Tensor] | Mapping[str, Tensor] | Tensor,
@@ -259,6 +269,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         self._training.batches.check(batch)
         return TaskBlock(self._training, name, accumulate, batch)
 
+    @_disable_dynamo
     def combine(self) -> None:
         """Combines the captured rows into ``.grad``; `step` and whoever reads a ``.grad`` do so by themselves.
 
@@ -283,7 +294,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
         """
         self._training.check_idle("step()")
         if closure is None:
-            self._training.make_gradient()
+            self._make_gradient()
             result = self._step_wrapped(None)
         else:
             refuse_capture("a closure is called", "call backward() and then step() without one")
@@ -296,8 +307,12 @@ class MultiTaskOptimizer(OptimizerWrapper):
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         with torch.enable_grad():
             loss = closure()
-        self._training.make_gradient()
+        self._make_gradient()
         return loss
+
+    @_disable_dynamo
+    def _make_gradient(self) -> None:
+        self._training.make_gradient()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of the wrapped optimizer and drops rows that were not combined.

@@ -1,4 +1,4 @@
-"""The rest of PyTorch: checkpointing, compiling, autocast, layouts, dtypes, tied and frozen parameters."""
+"""The rest of PyTorch: checkpointing, autocast, layouts, dtypes, tied and frozen parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,52 +56,6 @@ def test_whole_model_checkpointed_reentrantly() -> None:
     opt = wrap(model)
     opt.backward([first.square().mean(), (second - 1).square().mean()])
     assert opt.report.active.tolist() == [True, True]
-
-
-@pytest.mark.filterwarnings("ignore:the losses use different outputs:UserWarning")
-def test_compiled_model() -> None:
-    torch._dynamo.reset()
-    model = TwoHeads()
-    with torch._functorch.config.patch(donated_buffer=False):
-        compiled = torch.compile(model, backend="aot_eager")
-        x = torch.ones(8, 4, dtype=torch.float64)
-        opt = wrap(model, refresh_every=2)
-        for _ in range(2):
-            opt.zero_grad()
-            opt.backward([(out - k).square().mean() for k, out in enumerate(compiled(x))])
-    rows = [(out - k).square().mean() for k, out in enumerate(model(x))]
-    assert opt.report.age == 1 and trunk_agrees(model, rows)
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_heads_compiled_with_the_trunk_count_as_shared(together: bool) -> None:
-    torch._dynamo.reset()
-    model = TwoHeads(3)
-    x = torch.ones(8, 4, dtype=torch.float64)
-    with torch._functorch.config.patch(donated_buffer=False), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if together:
-            outputs = torch.compile(model, backend="aot_eager")(x)
-        else:
-            hidden = torch.compile(model.trunk, backend="aot_eager")(x)
-            outputs = [torch.compile(head, backend="aot_eager")(hidden) for head in model.heads]
-        opt = wrap(model, MGDA())
-        opt.backward([(out - k).square().mean() for k, out in enumerate(outputs)])
-    assert any("one torch.compile graph" in str(warning.message) for warning in caught) == together
-    params = list(model.parameters()) if together else list(model.trunk.parameters())
-    rows = rows_of([(out - k).square().mean() for k, out in enumerate(model(x))], params)
-    matrix = torch.stack([flatten(row, params) for row in rows])
-    assert torch.allclose(opt.report.gram, matrix @ matrix.T)
-
-
-def test_donated_buffers_are_explained() -> None:
-    model = TwoHeads()
-    opt = wrap(model)
-    loss = model.losses()[0]
-    loss.register_hook(lambda grad: (_ for _ in ()).throw(RuntimeError("compiled with non-empty donated buffers")))
-    with pytest.raises(RuntimeError, match=r"donated_buffer = False"):
-        opt.backward([loss, model.losses()[1]])
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_autocast() -> None:

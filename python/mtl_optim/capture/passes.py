@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import OVERWRITES
+
 Pass = Callable[..., None]
 """A backward pass that takes ``retain_graph``."""
 
@@ -61,11 +63,8 @@ def run_backward(run: Callable[[], Any]) -> Any:
 def autograd_hint(error: BaseException) -> str | None:
     """What to do about an error of autograd, or None if it is not one of those known here."""
     text = str(error)
-    if "donated" in text:
-        return (
-            "a compiled graph refused retain_graph, which several losses over one graph need; set "
-            "torch._functorch.config.donated_buffer = False before the model is first compiled"
-        )
+    if "donated buffers" in text:
+        return OVERWRITES
     if "retain_graph" in text or "have already been freed" in text:
         return (
             "the graph of a loss was already freed by an earlier backward(). Losses that share a forward pass: pass "
