@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch.nn import Module
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -14,6 +14,7 @@ def take_over(model: DistributedDataParallel, owner: object) -> None:
 
     This is what ``model.no_sync()`` does, without a block around every forward pass. Without it several retained
     backward passes raise, or with ``find_unused_parameters`` or ``static_graph`` are reduced for one task alone.
+    A forward pass with gradients in the model's ``join()`` raises RuntimeError.
     """
     before = model.require_backward_grad_sync
     model.require_backward_grad_sync = False
@@ -21,10 +22,17 @@ def take_over(model: DistributedDataParallel, owner: object) -> None:
     weakref.finalize(owner, _give_back, weakref.ref(model), before, hook)
 
 
-def _keep_out(model: Module, _: Any) -> None:
-    model.require_backward_grad_sync = False  # type: ignore[assignment]
+def _keep_out(model: DistributedDataParallel, _: Any) -> None:
+    if torch.is_grad_enabled() and model._join_config.enable:
+        raise RuntimeError(
+            "join() answers for a rank that is out of batches where DistributedDataParallel waits for it, and a "
+            "MultiTaskOptimizer would wait for ever: give all ranks as many batches (drop_last=True, or stop where the "
+            "first rank is out of them). join() stays on behind its block; with model.join(enable=False): pass "
+            "turns it off"
+        )
+    model.require_backward_grad_sync = False
     # A forward pass without gradient synchronisation would leave out the buffers of the next one.
-    model.require_forward_param_sync = True  # type: ignore[assignment]
+    model.require_forward_param_sync = True
 
 
 def _give_back(model: weakref.ref[DistributedDataParallel], before: bool, hook: Any) -> None:
