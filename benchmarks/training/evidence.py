@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import scores
 from .costs import HEAD as COST_HEAD
-from .costs import cost_rows, peer_rows, where_time_goes
+from .costs import cost_rows, peer_rows, value, where_time_goes
 from .jobs import PLAIN, SINGLE
 from .pictures import LADDER
 from .record import TABLES, read_table
@@ -18,13 +18,10 @@ from .verdict import lines as verdict
 Rows = Sequence[dict[str, str]]
 
 
-def write(folder: Path, machine: str, page: Path, faults: Sequence[str] = ()) -> Path:
-    """Writes the page from the tables ``MACHINE-*.csv`` of a folder, whose pictures it shows.
-
-    Args:
-        faults: what a run left out, which is said.
-    """
-    runs, curves, _ = (read_table(folder / f"{machine}-{table}.csv") for table in TABLES)
+def write(folder: Path, machine: str, page: Path) -> Path:
+    """Writes the page from the tables ``MACHINE-*.csv`` of a folder, whose pictures it shows."""
+    every, curves, _ = (read_table(folder / f"{machine}-{table}.csv") for table in TABLES)
+    runs = [row for row in every if row["K"]]
     found = scores.read(curves)
     where = os.path.relpath(folder, page.parent)
 
@@ -50,7 +47,7 @@ def write(folder: Path, machine: str, page: Path, faults: Sequence[str] = ()) ->
         "Of the trainings with the plain sum, mean over steps and seeds, over the shared parameters.",
         "",
         *picture("cosines", "Cosines between tasks"),
-        *_left_out(faults),
+        *_left_out([row for row in every if not row["K"]]),
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
@@ -94,9 +91,14 @@ def _workloads(runs: Rows) -> list[str]:
         own = [row for row in runs if row["workload"] == name]
         row = next((row for row in own if row.get("shared")), own[0])
         cells = (f"{int(row[column]):,}" if row.get(column) else "" for column in ("parameters", "shared"))
-        rows.append([name, row["sharing"], row["data"], row["K"], *cells, row["steps"], row["batch"]])
-    head = ("workload", "shared", "data", "K", "parameters", "of them shared", "steps", "batch")
-    return ["## Workloads", "", *table(head, rows)]
+        conflicts = value([row for row in own if row["method"] == SUM], "conflicts")
+        share = "" if conflicts is None else f"{100 * conflicts:.0f} %"
+        rows.append([name, row["sharing"], row["data"], row["K"], *cells, row["steps"], row["batch"], share])
+    head = ("workload", "shared", "data", "K", "parameters", "of them shared", "steps", "batch", "in conflict")
+    said = (
+        "*In conflict*: of the pairs of tasks, those whose mean cosine is below 0 in the trainings with the plain sum."
+    )
+    return ["## Workloads", "", said, "", *table(head, rows)]
 
 
 def _deltas(found: dict[str, Scores]) -> list[str]:
@@ -129,7 +131,9 @@ def _of_ladder(name: str, one: Scores) -> bool:
 
 def _cell(one: Scores, method: str, base: str) -> str:
     found = one.delta(method, base)
-    return "" if found is None else f"{found.mean:+.1f} ± {found.deviation:.1f}"
+    if found is None or found.mean != found.mean:
+        return ""
+    return f"{found.mean:+.1f}" + ("" if found.deviation != found.deviation else f" ± {found.deviation:.1f}")
 
 
 def _costs(runs: Rows) -> list[str]:
@@ -170,5 +174,10 @@ def _peers(runs: Rows) -> list[str]:
     ]
 
 
-def _left_out(faults: Sequence[str]) -> list[str]:
-    return ["## Left out", "", *(f"- {fault}" for fault in faults), ""] if faults else []
+def _left_out(rows: Rows) -> list[str]:
+    """A line for each reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        reasons.setdefault((row["method"], row["note"]), []).append(row["workload"])
+    said = [f"- {method} on {', '.join(dict.fromkeys(names))}: {note}" for (method, note), names in reasons.items()]
+    return ["## Left out", "", *said, ""] if said else []

@@ -63,11 +63,16 @@ class Recipe:
     transform: SumOfTerms | None = None
 
 
+class UnfitError(ValueError):
+    """A method that is not for so many tasks."""
+
+
 def recipe(job: Job, tasks: Sequence[str]) -> Recipe:
     """What a job combines with, where it is this library that does.
 
     Raises:
         TypeError, ValueError: an unknown name, or options that the method does not take.
+        UnfitError: the method is not for these tasks.
     """
     if job.method == TUNED:
         return Recipe(Constant(dict(zip(tasks, drawn_weights(job.seed, int(job.part), len(tasks)), strict=True))))
@@ -78,7 +83,10 @@ def recipe(job: Job, tasks: Sequence[str]) -> Recipe:
     method: Method = get_method(name, **options)
     if "seed" in inspect.signature(type(method)).parameters and "seed" not in options:
         method = get_method(name, **options, seed=job.seed)
-    method.bound_to(tuple(tasks)).check_tasks(len(tasks))
+    try:
+        method.bound_to(tuple(tasks)).check_tasks(len(tasks))
+    except ValueError as error:
+        raise UnfitError(str(error)) from error
     return Recipe(method, None if front is None else _transform(front, {}, tasks))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from ..provenance import ROOT
 from ..workloads import registry
 from ..workloads.data.folders import VARIABLES
 from . import peers
-from .jobs import PLAIN, SINGLE, TUNED, Job, parsed
+from .jobs import PLAIN, SINGLE, TUNED, Job, UnfitError, recipe
 
 QUICK_METHODS = (SINGLE, "sum", TUNED, "pcgrad", "mgda", "cagrad", "upgrad")
 METHODS = (*QUICK_METHODS, "nashmtl", "imtlg", "alignedmtl", "fairgrad", "randomweights", "uncertaintyweighting")
@@ -104,10 +105,19 @@ def parse(arguments: Sequence[str] | None) -> Options:
         for name in options.workloads:
             registry.find(name)
         for method in options.methods:
-            parsed(method)
-    except ValueError as error:
+            _check(method)
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     return options
+
+
+def _check(method: str) -> None:
+    """Raise TypeError or ValueError for a spec that no number of tasks makes right."""
+    if "/" in method:
+        peers.check(method)
+    elif method not in (SINGLE, TUNED, PLAIN):
+        with contextlib.suppress(UnfitError):
+            recipe(Job("", method, 0, 1, 1), [str(k) for k in range(8)])
 
 
 def plan(options: Options) -> list[Job]:

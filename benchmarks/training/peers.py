@@ -23,7 +23,8 @@ from ..workloads.workload import Objective, Workload
 from .jobs import Job, recipe
 from .steppers import Combined, Plain, Seconds, add_auxiliary, shared_of
 
-NAMES = ("torchjd", "libmtl")
+KNOWN = {"torchjd": libraries.TORCHJD | libraries.TORCHJD_ON_ROWS, "libmtl": libraries.LIBMTL}
+"""By peer and method, what its counterpart is."""
 RANDOM = ("pcgrad", "gradvac", "randomweights", "graddrop")
 """Methods that draw an order or weights: with more than two tasks two libraries have no common result."""
 WARM = 20
@@ -34,10 +35,9 @@ def available(methods: list[str]) -> list[str]:
     """Specs of the peers' counterparts of some of our methods, where they are installed."""
     found = []
     if importlib.util.find_spec("torchjd") is not None:
-        known = libraries.TORCHJD | libraries.TORCHJD_ON_ROWS
-        found += [f"torchjd/{name}" for name in methods if name in known]
+        found += [f"torchjd/{name}" for name in methods if name in KNOWN["torchjd"]]
     if libraries._libmtl_weightings() is not None:
-        found += [f"libmtl/{name}" for name in methods if name in libraries.LIBMTL]
+        found += [f"libmtl/{name}" for name in methods if name in KNOWN["libmtl"]]
     return found
 
 
@@ -47,12 +47,20 @@ def make(spec: str, workload: Workload, seed: int) -> TorchJD | LibMTL:
     Raises:
         ValueError: an unknown peer or method. ImportError: it is not installed.
     """
+    check(spec)
     peer, _, method = spec.partition("/")
-    if peer == "torchjd":
-        return TorchJD(workload, method)
-    if peer == "libmtl":
-        return LibMTL(workload, method)
-    raise ValueError(f"unknown peer {peer!r} in {spec!r}; expected {' or '.join(NAMES)}")
+    return TorchJD(workload, method) if peer == "torchjd" else LibMTL(workload, method)
+
+
+def check(spec: str) -> None:
+    """Raise ValueError for an unknown peer, or a method of which no counterpart is known."""
+    peer, _, method = spec.partition("/")
+    if peer not in KNOWN:
+        raise ValueError(f"unknown peer {peer!r} in {spec!r}; expected {' or '.join(KNOWN)}")
+    if method not in KNOWN[peer]:
+        raise ValueError(
+            f"{peer} has no counterpart of {method!r} that is known here; {', '.join(sorted(KNOWN[peer]))} have"
+        )
 
 
 class Peer:
@@ -90,9 +98,7 @@ class TorchJD(Peer):
         from torchjd import aggregation, autojac  # type: ignore[import-not-found]
 
         super().__init__(workload)
-        found = libraries.TORCHJD.get(method) or libraries.TORCHJD_ON_ROWS.get(method)
-        if found is None:
-            raise ValueError(f"TorchJD has no counterpart of {method!r} that is known here")
+        found = KNOWN["torchjd"][method]
         options = dict(found.options) | ({"n_tasks": len(workload.tasks)} if found.name == "NashMTL" else {})
         self._autojac, self._aggregator = autojac, getattr(aggregation, found.name.removesuffix("Weighting"))(**options)
 
@@ -117,11 +123,9 @@ class LibMTL(Peer):
 
     def __init__(self, workload: Workload, method: str) -> None:
         super().__init__(workload)
-        module, found = libraries._libmtl_weightings(), libraries.LIBMTL.get(method)
+        module, found = libraries._libmtl_weightings(), KNOWN["libmtl"][method]
         if module is None:
             raise ImportError("LibMTL, or what it needs, is not installed")
-        if found is None:
-            raise ValueError(f"LibMTL has no counterpart of {method!r} that is known here")
         self._options = dict(found.options)
         self._weighting = _with_model(getattr(module, found.name), self.shared, workload)
 

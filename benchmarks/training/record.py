@@ -69,11 +69,17 @@ def finished(job: Job, folder: Path) -> Record | None:
     return record
 
 
-def write_tables(records: Sequence[Record], folder: Path, machine: str) -> list[Path]:
-    """The three CSVs ``MACHINE-TABLE.csv`` of all records."""
+def write_tables(
+    records: Sequence[Record], left_out: Sequence[tuple[Job, str]], folder: Path, machine: str
+) -> list[Path]:
+    """The three CSVs ``MACHINE-TABLE.csv`` of all records.
+
+    In the first also what was left out, with the reason as a note.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{machine}-{table}.csv" for table in TABLES]
-    _write([_of(record.job) | record.facts for record in records], paths[0])
+    missing = [_of(job) | {"note": reason} for job, reason in left_out]
+    _write([*(_of(record.job) | record.facts for record in records), *missing], paths[0])
     _write([row for record in records for row in _curve(record)], paths[1])
     _write([row for record in records for row in _cosine_rows(record)], paths[2])
     return paths

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from .costs import by_method, step_ms
+from .costs import by_method, step_ms, value
 from .jobs import PLAIN, SINGLE, TUNED
 from .scores import SUM, Scores
 
@@ -48,7 +48,8 @@ def lines(runs: Sequence[dict[str, str]], found: dict[str, Scores]) -> list[str]
                 f"{equal} equal "
                 f"and {worse} worse.{_named(' Better: ', counts[base][1])}{_named(' Worse: ', counts[base][-1])}"
             )
-    said += [*_nothing_gained(found, methods), *_costs(runs, methods), *_nothing_shared(runs), ""]
+    said += [*_nothing_gained(found, methods), *_agreeing(runs, found, methods), *_costs(runs, methods)]
+    said += [*_nothing_shared(runs), ""]
     return said
 
 
@@ -106,6 +107,18 @@ def _costs(runs: Sequence[dict[str, str]], methods: Sequence[str]) -> list[str]:
     return [
         f"- **A step costs** a multiple of a plain one with a single backward pass, median over the methods: {told}."
     ]
+
+
+def _agreeing(runs: Sequence[dict[str, str]], found: dict[str, Scores], methods: Sequence[str]) -> list[str]:
+    """Workloads whose tasks do not conflict on average, and whether a method was better there all the same."""
+    grouped = by_method(runs)
+    conflicts = {name: value(grouped.get((name, SUM), []), "conflicts") for name in found}
+    agreeing = [name for name, share in conflicts.items() if share == 0]
+    if not agreeing:
+        return []
+    better = [(name, m) for name in agreeing for m in methods if compared(found[name], m, SUM) == 1]
+    of = f"{len(better)} of {len(agreeing) * len(methods)} pairs were better than the sum"
+    return [f"- **Tasks agree on average** (no pair with a mean cosine below 0) on {', '.join(agreeing)}: there {of}."]
 
 
 def _nothing_shared(runs: Sequence[dict[str, str]]) -> list[str]:

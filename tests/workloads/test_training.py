@@ -82,6 +82,8 @@ def test_specs_of_methods() -> None:
         jobs.recipe(Job("w", "pcgrat", 0, 1, 1), tasks)
     with pytest.raises(ValueError, match="option=value"):
         jobs.parsed("mgda:normalize")
+    with pytest.raises(jobs.UnfitError):
+        jobs.recipe(Job("w", "dcgd", 0, 1, 1), ("a", "b", "c"))
     assert Job("w", "mgda:normalize=l2", 0, 1, 1).file != Job("w", "mgda:normalize-l2", 0, 1, 1).file
     assert Job("w", "sum", 0, 10, 4).ends == [2, 5, 8, 10] and Job("w", "sum", 0, 1, 4).ends == [1]
 
@@ -97,11 +99,12 @@ def test_the_plan() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--workloads", "digit"], ["--seeds", "-1"], ["--steps", "0"], ["--data", "mnist=x"], ["--methods", "mgda:x"]],
-)
-def test_what_cannot_be_is_refused(arguments: list[str]) -> None:
+    ["--workloads digit", "--seeds -1", "--steps 0", "--data mnist=x", "--methods mgda:x", "--methods pcgrat",
+     "--methods mgda:speed=1", "--methods other/mgda", "--methods torchjd/none"],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(arguments: str) -> None:
     with pytest.raises(SystemExit):
-        parse(arguments)
+        parse(arguments.split())
 
 
 JOB = Job("adaptive", "pcgrad", 0, 12, 4)
@@ -134,8 +137,10 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
         run.Run(Job("adaptive", "pcgrad", 0, 13, 4), tmp_path / "a.pt", 0.0)
 
 
-ARGUMENTS = ["--workloads", "mixed", "attributes-2", "attributes-3", "--methods", "single", "sum", "tuned", "plain",
-             "pcgrad", "--steps", "4", "--seeds", "1", "--rounds", "2", "--draws", "1", "--machine", "m"]  # fmt: skip
+ARGUMENTS = (
+    "--workloads mixed attributes-2 attributes-3 --methods single sum tuned plain pcgrad dcgd "
+    "--steps 4 --seeds 1 --rounds 2 --draws 1 --machine m"
+).split()
 
 
 def test_a_killed_command_does_the_rest_and_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +156,9 @@ def test_a_killed_command_does_the_rest_and_writes_everything(tmp_path: Path, mo
     assert command.main([*ARGUMENTS, *folders]) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     rows = record.read_table(tmp_path / "out" / "m-train.csv")
-    assert len(rows) == (2 + 4) + 3 + (3 + 4)  # of attributes-2 no baselines
+    assert len(rows) == (2 + 5) + 4 + (3 + 5)  # of attributes-2 no baselines
+    left_out = [(r["workload"], r["method"]) for r in rows if r["note"]]
+    assert left_out == [("attributes-3", "dcgd")]
     combined = next(r for r in rows if r["method"] == "pcgrad")
     parts = (
         "forward_ms",
@@ -165,7 +172,13 @@ def test_a_killed_command_does_the_rest_and_writes_everything(tmp_path: Path, mo
     )
     assert all(float(combined[name]) >= 0 for name in parts) and combined["commit"] and combined["torch"]
     page = (tmp_path / "docs" / "evidence.md").read_text()
-    for text in ("## Workloads", "## When not to combine gradients", "## What a step costs", "pcgrad", "mixed"):
+    for text in (
+        "Workloads",
+        "When not to combine gradients",
+        "What a step costs",
+        "Left out",
+        "- dcgd on attributes-3",
+    ):
         assert text in page
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == [f"m-train-{name}.png" for name in ("cosines", "costs", "curves", "pareto")]
