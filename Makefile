@@ -39,7 +39,7 @@ else
 endif
 DEMO := $(if $(GPU)$(wildcard $(READY)),$(READY),$(FOR_DEMO))
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test bench gpu lint dist api clean
 
 demo: $(DEMO)
 	$(say) training "three methods, about a minute"
@@ -94,6 +94,14 @@ build/.ready-external: $(SOURCES)
 	$(say) kernels "$(KERNELS)"
 	@$(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch $@
+
+# The sdist of the last commit, a wheel from it, both checked and tried from another folder; ARGS="--cuda" adds a CUDA wheel.
+dist: $(READY)
+	@$(PY) $(PIP) build twine
+	$(PY) release/build.py $(ARGS)
+
+api: $(READY)
+	$(RUN) docs/generate_api.py
 
 clean:
 	rm -rf build dist *.egg-info mtl_kernels/*.so

@@ -1,7 +1,7 @@
 """PyTorch Lightning: `python examples/lightning_module.py`, or with `torchrun --standalone --nproc-per-node 2`.
 
 Tested with pytorch-lightning 2.6.6 and torch 2.13 on 1 and 2 ranks. Automatic optimization: `training_step` returns
-`joint_loss(...)`; clipping, precision plugins, schedulers and checkpoints are the Trainer's.
+`joint_loss(...)`; micro-batches, clipping, precision plugins, schedulers and checkpoints are the Trainer's.
 """
 
 from __future__ import annotations

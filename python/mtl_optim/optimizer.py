@@ -298,7 +298,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
             result = self._step_wrapped(None)
         else:
             refuse_capture("a closure is called", "call backward() and then step() without one")
-            if self._training.pending.rows:  # optimizers that look around first step before they call the closure
+            # The closure may add to micro-batches; other rows are combined, as it may look at gradients first.
+            if self._training.pending.rows and not self._training.pending.accumulating:
                 self._training.combine()
             result = self._step_wrapped(functools.partial(self._run_closure, closure))
         self._training.stepped()

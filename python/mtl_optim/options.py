@@ -111,6 +111,11 @@ def wrapped_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> tuple[Opti
             raise TypeError(
                 f"{OWNER}: expected a torch.optim.Optimizer or a list of them, found {one!r}; build the optimizer first"
             )
+        if not hasattr(one, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"{OWNER}: expected a torch.optim.Optimizer, found {type(one).__name__}, which stands in for one; wrap "
+                "the optimizer itself, then hand the MultiTaskOptimizer to the trainer (accelerator.prepare)"
+            )
         for group in one.param_groups:
             for param in group["params"]:
                 if owners.setdefault(id(param), n) != n:

@@ -111,13 +111,8 @@ def test_the_script_is_the_plain_loop(example: str, ranks: int) -> None:
     assert all(after[name] < 0.8 * before[name] for name in before), (before, after)
 
 
-def test_micro_batches_from_a_checkpoint_are_the_plain_loop(
-    example: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_micro_batches_from_a_checkpoint_are_the_plain_loop(example: str, tmp_path: Path) -> None:
     """Two ranks, eight batches each an epoch, three a step: the last step of an epoch has two."""
-    if example == "lightning_module":
-        reason = "step(closure) combines the rows that wait before the closure adds the last micro-batch to them"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     results = launch.launch(2, launch.resumed, example, str(tmp_path / "checkpoint"), 3)
     batches = over_ranks(results)
     assert len(batches) == 16

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from mtl_optim.capture.compiled import keep_buffers
+
 TASKS, BATCH, WIDTH = 4, 8, 64
 
 Losses = Callable[[Tensor], list[Tensor]]
@@ -387,7 +389,7 @@ def frozen_parts(model: nn.Module) -> Losses:
 def compiled(model: nn.Module) -> Losses:
     trunk, end = perceptron(model), heads(model)
     model.last = nn.Linear(WIDTH, WIDTH)
-    torch._functorch.config.donated_buffer = False
+    keep_buffers()  # before the optimizer that reads the graph is built
     fast = torch.compile(trunk, backend="aot_eager")
     return lambda x: end(model.last(fast(x)).relu())
 

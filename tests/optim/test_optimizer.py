@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -113,6 +114,24 @@ def test_clipping() -> None:
     opt.step()
     moved = sum((p.detach() - q).square().sum() for p, q in zip(model.parameters(), before, strict=True)).sqrt()
     assert abs(float(moved) - 1e-3) < 1e-6
+
+
+def test_a_closure_adds_to_the_micro_batches_before_it() -> None:
+    """One combination of their sum, not a sum of combinations."""
+    grads = []
+    for with_closure in (False, True):
+        model = TwoHeads()
+        opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), PCGrad())
+        opt.backward(model.losses(), accumulate=True)
+        last = functools.partial(opt.backward, [10 * loss.square() for loss in model.losses()], accumulate=True)
+        if with_closure:
+            opt.step(last)
+        else:
+            last()
+            opt.step()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("blocks", [False, True])
@@ -356,3 +375,12 @@ def test_import_needs_no_extras() -> None:
     code = f"import sys, mtl_optim; print([m for m in {extras} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_what_stands_in_for_an_optimizer_is_not_wrapped() -> None:
+    class Prepared(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    with pytest.raises(TypeError, match="found Prepared, which stands in for one; wrap the optimizer itself"):
+        MultiTaskOptimizer(Prepared(torch.optim.SGD([nn.Parameter(torch.ones(2))])), PCGrad())

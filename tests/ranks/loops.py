@@ -37,8 +37,8 @@ def _compiled_inside(model: nn.Module) -> Wrapped:
 
 
 def _compiled_outside(model: nn.Module) -> Wrapped:
-    wrapped, told = _replicated(model)
-    return torch.compile(wrapped, backend="aot_eager"), told
+    wrapped = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    return wrapped, {"data_parallel": wrapped}
 
 
 def _compiled_parts(model: nn.Module) -> Wrapped:

@@ -65,6 +65,11 @@ def autograd_hint(error: BaseException) -> str | None:
     text = str(error)
     if "donated buffers" in text:
         return OVERWRITES
+    if "mark a variable ready only once" in text or "marked as ready twice" in text or "still allreduced" in text:
+        return (
+            "the reducer of DistributedDataParallel takes one backward pass for each forward pass. Pass the model: "
+            "MultiTaskOptimizer(..., data_parallel=ddp_model), which keeps its reducer out and averages rows instead"
+        )
     if "retain_graph" in text or "have already been freed" in text:
         return (
             "the graph of a loss was already freed by an earlier backward(). Losses that share a forward pass: pass "

@@ -21,8 +21,8 @@ class TrainingState:
         dcp.load({"training": TrainingState(model, opt)}, checkpoint_id=path)  # fills both
 
     States of parameters go by their names and are sharded as the parameters are at that moment. What the method keeps
-    is the same on all ranks, and travels as bytes. `torch.distributed.checkpoint.load` reads parameters in place, before
-    it looks at the rest: after an error, of a checkpoint of another method say, load the right one.
+    is the same on all ranks, and travels as bytes. `torch.distributed.checkpoint.load` reads parameters in place,
+    before it looks at the rest: after an error, of a checkpoint of another method say, load the right one.
 
     Args:
         model: with `fully_shard`, DistributedDataParallel, or neither.

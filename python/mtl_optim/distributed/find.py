@@ -48,6 +48,7 @@ def find_ranks(data_parallel: Any, reduce: str, groups: Iterable[Mapping[str, An
     from .ddp import take_over
     from .replicated import Replicated
 
+    data_parallel = getattr(data_parallel, "_orig_mod", data_parallel)  # of a model that was compiled
     if isinstance(data_parallel, DistributedDataParallel):
         known = set(map(id, data_parallel.parameters()))
         if params and not any(id(param) in known for param in params):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..capture import CAPTURES
@@ -167,6 +168,7 @@ class TrainingStep:
         else:
             self._settlement.hand_over(combined, batches.tasks(rows), managed)
 
+    @_disable_dynamo
     def open_block(self, block: TaskBlock) -> None:
         """Hides the gradients that are there, so that a row can be captured."""
         what = f"task({block.name!r})"
@@ -195,6 +197,7 @@ class TrainingStep:
             for param in around:
                 hold(param, None)
 
+    @_disable_dynamo
     def close_block(self, block: TaskBlock, failed: bool) -> None:
         """Takes the row, unless the block failed, and puts the gradients back."""
         opened = self._open
@@ -256,6 +259,7 @@ class TrainingStep:
         combined = self._settlement.combined(self.progress.tasks, pending.rows, pending.losses, parameters, True)
         self._settlement.hand_over(combined, self.batches.tasks(pending.rows), parameters.managed)
 
+    @_disable_dynamo
     def _combine_early(self) -> None:
         """Combines because somebody looks at a gradient."""
         with torch.inference_mode(False):
@@ -276,7 +280,8 @@ class TrainingStep:
         if not (self.progress.has_gradient and any(p.grad is not None for group in groups for p in group["params"])):
             raise RuntimeError(
                 "step() with no task captured since the last step or zero_grad(); call opt.backward([...]) or use "
-                "opt.task(name) first, or step the wrapped optimizer (opt.optimizer) to use plain gradients"
+                "opt.task(name) first (where a trainer calls backward(): mtl_optim.trainers.joint_loss), or step "
+                "the wrapped optimizer (opt.optimizer) to use plain gradients"
             )
 
     def stepped(self) -> None:
