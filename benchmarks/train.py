@@ -12,6 +12,7 @@ otherwise.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from benchmarks.workloads.data.splits import DataMissingError
 def train(jobs: Sequence[Job], options: Options, console: Console) -> tuple[list[Record], list[tuple[Job, str]]]:
     """The records of all jobs, and what was left out: methods that are not for so many tasks, and peers that fail."""
     facts = environment(options.machine)
+    gc.freeze()  # or what is loaded would be looked through before every measurement of memory
     records, left_out = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
@@ -52,6 +54,7 @@ def train(jobs: Sequence[Job], options: Options, console: Console) -> tuple[list
                     record = run.go(lambda done, note: bars.update(own, completed=done, note=note))
                     record.facts |= facts
                     record.write(options.runs / f"{job.file}.json")
+                    run.forget()
                 records.append(record)
             except UnfitError as error:
                 left_out.append((job, str(error)))

@@ -67,11 +67,8 @@ def where_time_goes(over: Sequence[tuple[str, str, float, float | None]], number
     ]
     if python := [part for *_, part in over if part is not None]:
         lines.append(
-            f"Of these, where the kernels were measured by themselves, {100 * statistics.median(python):.0f} % "
-            "(median) is "
-            "Python: which parameters are shared, tables of their rows, the report. It does not grow with the "
-            "parameters, "
-            "and shows where passes take a few milliseconds."
+            f"Of these, where the kernels were measured by themselves, {100 * statistics.median(python):.0f} % (median) "
+            "is Python, which shows where passes take a few milliseconds: which parameters are shared, tables, the report."
         )
     return [*lines, ""]
 

@@ -15,8 +15,17 @@ from ..workloads.data.folders import VARIABLES
 from . import peers
 from .jobs import PLAIN, SINGLE, TUNED, Job, UnfitError, recipe
 
-QUICK_METHODS = (SINGLE, "sum", TUNED, "pcgrad", "mgda", "cagrad", "upgrad")
-METHODS = (*QUICK_METHODS, "nashmtl", "imtlg", "alignedmtl", "fairgrad", "randomweights", "uncertaintyweighting")
+QUICK_METHODS = (SINGLE, "sum", TUNED, "pcgrad", "mgda", "upgrad")
+METHODS = (
+    *QUICK_METHODS,
+    "cagrad",
+    "nashmtl",
+    "imtlg",
+    "alignedmtl",
+    "fairgrad",
+    "randomweights",
+    "uncertaintyweighting",
+)
 LADDER = ("attributes-2", "attributes-8", "attributes-20")
 """With `attributes-40`, what shows cost over K; no baselines are trained for them."""
 PEERS = ("pcgrad", "mgda", "cagrad", "upgrad")
@@ -60,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--peers", action="store_true", help="also plain steps, and TorchJD and LibMTL where they are installed")
     add("--seeds", type=int, help="trainings of each (default: 3; with --quick 2)")
     add("--steps", type=int, help="of a training (default: the workload's own)")
-    add("--rounds", type=int, help="evaluations of a training (default: 20; with --quick 5)")
+    add("--rounds", type=int, help="evaluations of a training (default: 20; with --quick 4)")
     add("--draws", type=int, help="fixed weights that are tried beside equal ones (default: 8; with --quick 2)")
     add("--data", action="append", default=[], metavar="NAME=FOLDER", help=f"where {', '.join(VARIABLES)} lie")
     add("--threads", type=int, default=1, help="of the CPU (default: 1)")
@@ -84,7 +93,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         methods=tuple(given.methods or (QUICK_METHODS if quick else METHODS)),
         seeds=given.seeds or (2 if quick else 3),
         steps=given.steps,
-        rounds=given.rounds or (5 if quick else 20),
+        rounds=given.rounds or (4 if quick else 20),
         draws=given.draws or (2 if quick else 8),
         quick=quick,
         peers=given.peers,

@@ -165,7 +165,8 @@ def _with_model(weighting: type, shared: Sequence[Tensor], workload: Workload) -
             return found
 
     made = OnModel()
-    made.task_num, made.device, made.rep_grad, made.epoch = len(workload.tasks), shared[0].device, False, 0
+    device = next(workload.model.parameters()).device
+    made.task_num, made.device, made.rep_grad, made.epoch = len(workload.tasks), device, False, 0
     made.task_name = [task.name for task in workload.tasks]
     made.init_param()
     return made

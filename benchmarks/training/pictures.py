@@ -68,9 +68,10 @@ def _panels(
     if not shown:
         return None
     methods = list(dict.fromkeys(m for one in shown.values() for m in one.methods if "/" not in m and m != PLAIN))
-    down = -(-len(shown) // ACROSS)
-    figure = Figure(figsize=(3.4 * ACROSS, 2.9 * down + 0.6), layout="constrained")
-    every = figure.subplots(down, ACROSS, squeeze=False)
+    columns = min(ACROSS, len(shown))
+    down = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * down + 0.6), layout="constrained")
+    every = figure.subplots(down, columns, squeeze=False)
     for axes, (name, one) in zip(every.flat, shown.items(), strict=False):
         panel(axes, one, methods)
         axes.set_title(name, fontsize=9)
@@ -81,7 +82,9 @@ def _panels(
     for axes in list(every.flat)[len(shown) :]:
         axes.set_visible(False)
     lines = {label: line for axes in every.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=2 * columns, frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -163,9 +166,10 @@ def _cosines(rows: Sequence[dict[str, str]]) -> Figure | None:
     names = list(dict.fromkeys(row["workload"] for row in rows))
     if not names:
         return None
-    down = -(-len(names) // ACROSS)
-    figure = Figure(figsize=(2.9 * ACROSS, 2.7 * down), layout="constrained")
-    every = figure.subplots(down, ACROSS, squeeze=False)
+    across = min(ACROSS, len(names))
+    down = -(-len(names) // across)
+    figure = Figure(figsize=(2.9 * across + 1, 2.7 * down), layout="constrained")
+    every = figure.subplots(down, across, squeeze=False)
     image = None
     for axes, name in zip(every.flat, names, strict=False):
         tasks = list(dict.fromkeys(row["task"] for row in rows if row["workload"] == name))

@@ -63,7 +63,7 @@ class Run:
         self.cosines: list[Any] = []
         self.seconds: list[tuple[float, ...]] = []
         self.peak: float | None = None
-        self.before = 0.0
+        self.trained_for = 0.0
         if saved is not None:
             self._resume(saved)
 
@@ -77,7 +77,7 @@ class Run:
 
     def _resume(self, saved: dict[str, Any]) -> None:
         self.stepper.optimizer.load_state_dict(saved["optimizer"])
-        for name in ("done", "curves", "cosines", "seconds", "peak", "before"):
+        for name in ("done", "curves", "cosines", "seconds", "peak", "trained_for"):
             setattr(self, name, saved[name])
         torch.set_rng_state(saved["torch"])
         random.setstate(saved["random"])
@@ -86,7 +86,7 @@ class Run:
         """Writes a checkpoint, whole or not at all."""
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self._checkpoint.with_suffix(".partial")
-        kept = {name: getattr(self, name) for name in ("done", "curves", "cosines", "seconds", "peak", "before")}
+        kept = {name: getattr(self, name) for name in ("done", "curves", "cosines", "seconds", "peak", "trained_for")}
         state = {"workload": self.workload.state_dict(), "optimizer": self.stepper.optimizer.state_dict()}
         now = {"job": str(self.job), "torch": torch.get_rng_state(), "random": random.getstate()}
         torch.save(kept | state | now, partial)
@@ -95,19 +95,21 @@ class Run:
     def go(self, advance: Advance) -> Record:
         """Trains to the end."""
         begin = saved_at = perf_counter()
-        gone_before = self.before
+        until_now = self.trained_for
         for end in self.job.ends:
             if end <= self.done:
                 continue
             self._round(end)
-            self.before = gone_before + perf_counter() - begin
+            self.trained_for = until_now + perf_counter() - begin
             if end < self.job.steps and perf_counter() - saved_at >= self._save_every:
                 self.save()
                 saved_at = perf_counter()
             advance(end, "  ".join(f"{value:.3g}" for value in list(self.curves[-1][1].values())[:4]))
-        record = self._record()
+        return self._record()
+
+    def forget(self) -> None:
+        """Removes the checkpoint, once the record is kept."""
         self._checkpoint.unlink(missing_ok=True)
-        return record
 
     def _round(self, end: int) -> None:
         monitor = self.stepper.monitor(end - self.done)
@@ -141,7 +143,7 @@ class Run:
         params = [p for group in workload.param_groups() for p in group["params"]]
         facts: dict[str, Any] = {
             "K": len(workload.tasks), "sharing": entry.sharing, "data": workload.source, "batch": workload.batch_size,
-            "parameters": sum(p.numel() for p in params), "seconds": self.before,
+            "parameters": sum(p.numel() for p in params), "seconds": self.trained_for,
         }  # fmt: skip
         middle = self.seconds[min(5, len(self.seconds) // 2) :]
         for name, values in zip(Seconds._fields, zip(*middle, strict=True), strict=True):

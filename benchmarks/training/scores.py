@@ -80,6 +80,8 @@ def _scores(rows: Rows) -> Scores:
             found.test[method] = whole
         else:
             del found.test[method]
+    kept = [set(points) for seeds in found.test.values() for points in seeds.values()]
+    found.steps = sorted(set.intersection(*kept)) if kept else steps
     return found
 
 

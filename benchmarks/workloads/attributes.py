@@ -24,7 +24,7 @@ def derived(seed: int, number: int = attributes.MOST) -> Supervised:
     example = splits.train[slice(0, 1)]
     tasks = tuple(Task(name, "binary") for name in example.labels)
     workload = Supervised(tasks, splits, Network, seed, side=example.inputs.shape[-1])
-    workload.batch_size, workload.quick_steps = 32, 40
+    workload.batch_size, workload.quick_steps = 32, 30
     return workload
 
 

@@ -63,5 +63,5 @@ def build(seed: int) -> Supervised:
     """Two digits in an image."""
     tasks = (Task("top-left", "classes", 10), Task("bottom-right", "classes", 10))
     workload = Supervised(tasks, images.digit_pairs(seed), Network, seed, side=12)
-    workload.learning_rate, workload.quick_steps = 2e-3, 100
+    workload.learning_rate, workload.quick_steps = 2e-3, 80
     return workload

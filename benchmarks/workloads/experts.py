@@ -91,5 +91,5 @@ def ple(seed: int) -> Supervised:
 def _workload(seed: int, network: type[nn.Module]) -> Supervised:
     tasks = (Task("digit", "classes", 10), *(Task(name, "binary") for name in ("odd", "above four", "loop")))
     workload = Supervised(tasks, tables.digit_properties(seed), network, seed, inputs=64)
-    workload.learning_rate, workload.quick_steps = 2e-3, 120
+    workload.learning_rate, workload.quick_steps = 2e-3, 80
     return workload

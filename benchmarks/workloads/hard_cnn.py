@@ -13,7 +13,7 @@ from .workload import Supervised
 class Network(HardSharing):
     """Of images ``[N, 1, side, side]``."""
 
-    def __init__(self, tasks: Sequence[Task], side: int, width: int = 16, features: int = 128) -> None:
+    def __init__(self, tasks: Sequence[Task], side: int, width: int = 8, features: int = 64) -> None:
         super().__init__(tasks, convolutions(side, width, features), features)
 
 
@@ -28,6 +28,6 @@ def digits(seed: int) -> Supervised:
 def fashion(seed: int) -> Supervised:
     """Multi-Fashion: two items."""
     tasks = (Task("top-left", "classes", 10), Task("bottom-right", "classes", 10))
-    workload = Supervised(tasks, images.fashion_pairs(seed), Network, seed, side=36, width=8)
-    workload.quick_steps = 60
+    workload = Supervised(tasks, images.fashion_pairs(seed), Network, seed, side=36)
+    workload.quick_steps = 40
     return workload

@@ -55,7 +55,7 @@ class Heat(Workload):
     tasks = (Place("inside"), Place("ends"), Place("beginning"))
     source = "the heat equation, points drawn"
     batch_size = POINTS
-    quick_steps = 160
+    quick_steps = 120
     single_task: ClassVar[bool] = False
 
     def __init__(self, seed: int) -> None:

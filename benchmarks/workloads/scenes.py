@@ -60,7 +60,7 @@ class Pixels(nn.Module):
 class Network(nn.Module):
     """Hard sharing up to the last features."""
 
-    def __init__(self, tasks: Sequence[Task], channels: int, width: int = 16) -> None:
+    def __init__(self, tasks: Sequence[Task], channels: int, width: int = 8) -> None:
         super().__init__()
         self.trunk, self.heads = Trunk(channels, width), Pixels(tasks, width)
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 class AttentionNetwork(nn.Module):
     """A shared trunk, and for every task an attention over its stages."""
 
-    def __init__(self, tasks: Sequence[Task], channels: int, width: int = 16) -> None:
+    def __init__(self, tasks: Sequence[Task], channels: int, width: int = 8) -> None:
         super().__init__()
         self.trunk, self.heads = Trunk(channels, width), Pixels(tasks, width)
         self.attention = nn.ModuleList(Attention(width) for _ in tasks)
@@ -138,5 +138,5 @@ def _given(seed: int, name: str, others: tuple[Task, ...]) -> Supervised:
 
 def _workload(seed: int, tasks: Sequence[Task], splits: Splits, network: type[nn.Module], **options: int) -> Supervised:
     workload = Supervised(tasks, splits, network, seed, **options)
-    workload.learning_rate, workload.batch_size, workload.quick_steps = 2e-3, 32, 50
+    workload.learning_rate, workload.batch_size, workload.quick_steps = 2e-3, 32, 35
     return workload

@@ -19,7 +19,7 @@ APART = 0.05
 class Network(nn.Module):
     """Of images ``[N, 1, side, side]``; the auxiliary loss is the mean over tasks of |S^T P_k|_F^2 of unit columns."""
 
-    def __init__(self, tasks: Sequence[Task], side: int, width: int = 8, features: int = 48) -> None:
+    def __init__(self, tasks: Sequence[Task], side: int, width: int = 6, features: int = 32) -> None:
         super().__init__()
         self.shared = convolutions(side, 2 * width, features)
         self.private = nn.ModuleList(convolutions(side, width, features) for _ in tasks)
@@ -37,5 +37,5 @@ def build(seed: int) -> Supervised:
     """Two digits in an image."""
     tasks = (Task("top-left", "classes", 10), Task("bottom-right", "classes", 10))
     workload = Supervised(tasks, images.digit_pairs(seed), Network, seed, side=12)
-    workload.learning_rate, workload.quick_steps = 2e-3, 90
+    workload.learning_rate, workload.quick_steps = 2e-3, 80
     return workload

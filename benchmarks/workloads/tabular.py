@@ -23,7 +23,7 @@ def mixed(seed: int) -> Supervised:
     """A value and a class of a patient."""
     tasks = (Task("progression", "value"), Task("sex", "binary"))
     workload = Supervised(tasks, tables.diabetes(seed), Network, seed, inputs=9)
-    workload.batch_size, workload.steps, workload.quick_steps = 32, 1000, 300
+    workload.batch_size, workload.steps, workload.quick_steps = 32, 1000, 200
     return workload
 
 

@@ -64,7 +64,7 @@ class AttentiveNetwork(HardSharing):
 
 def lstm(seed: int) -> Supervised:
     """What a docstring is about (topic), and whether its code raises: the place of a sentiment."""
-    return _workload(seed, ("topic", "raises"), RecurrentNetwork, quick_steps=70)
+    return _workload(seed, ("topic", "raises"), RecurrentNetwork, quick_steps=60)
 
 
 def transformer(seed: int) -> Supervised:

@@ -52,6 +52,9 @@ def test_single_tasks_are_put_together_and_tuned_weights_chosen_on_validation_da
     assert found.final("tuned") == {0: {"a": 0.7, "b": 0.5}}  # not what is best on the test data
     delta = found.delta("sum", "single")
     assert delta is not None and delta.mean == pytest.approx(100 * (0.1 / 0.5 + 0.1 / 0.4) / 2)
+    short = [r | {"step": "3"} for r in row("torchjd/mgda", 0, {"a": 0.1, "b": 0.1})]  # trained for its cost alone
+    beside = scores.read([*rows, *short])["w"]
+    assert beside.steps == [10] and "torchjd/mgda" not in beside.test
     kept_equal = [r for r in rows if (r["method"], r["part"]) != ("tuned", "1")]
     assert scores.read(kept_equal)["w"].final("tuned") == {0: {"a": 0.6, "b": 0.5}}
 
@@ -93,7 +96,7 @@ def test_the_plan() -> None:
     by = {name: [(job.method, job.part) for job in found if job.workload == name] for name in ("mixed", "physics")}
     assert by["mixed"][:2] == [("single", "progression"), ("single", "sex")]
     assert ("tuned", "1") in by["mixed"] and not any(method == "single" for method, _ in by["physics"])
-    assert {job.method for job in found if job.workload == LADDER[0]} == {"sum", "pcgrad", "mgda", "cagrad", "upgrad"}
+    assert {job.method for job in found if job.workload == LADDER[0]} == {"sum", "pcgrad", "mgda", "upgrad"}
     assert len({job.file for job in found}) == len(found)
 
 
@@ -128,6 +131,7 @@ def test_a_killed_training_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert again.done == 6 and len(again.workload.widenings) > 0  # type: ignore[attr-defined]
     found = again.go(lambda done, note: None)
     assert found.curves == whole.curves and found.valid == whole.valid and found.cosines == whole.cosines
+    again.forget()
     assert not (tmp_path / "killed.pt").exists()
 
 

@@ -40,7 +40,7 @@ def digit_pairs(seed: int, tasks: tuple[str, ...] = ("top-left", "bottom-right")
 
 @functools.lru_cache(maxsize=4)
 def _digit_pairs(seed: int, size: int) -> tuple[demo.Pairs, demo.Pairs]:
-    return demo.load(seed, size + size // 4, size // 4)
+    return demo.load(seed, size + size // 4, size // 6)
 
 
 def _held_out(train: Part, test: Part, source: str) -> Splits:
@@ -66,7 +66,7 @@ def fashion_pairs(seed: int, size: int = 6000) -> Splits:
         labels = (torch.from_numpy(classes[index].astype(np.int64)) for index in (first, second))
         return Part(canvas.unsqueeze(1), dict(zip(("top-left", "bottom-right"), labels, strict=True)))
 
-    return _held_out(compose("train", size + size // 4), compose("t10k", size // 4), f"Multi-Fashion of {FASHION}")
+    return _held_out(compose("train", size + size // 4), compose("t10k", size // 6), f"Multi-Fashion of {FASHION}")
 
 
 @functools.lru_cache(maxsize=4)
