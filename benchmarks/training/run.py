@@ -152,7 +152,7 @@ class Run:
         if isinstance(self.stepper, Combined):
             again = recipe(self.job, [task.name for task in workload.tasks])
             facts |= breakdown.parts(workload, again)
-            facts["conflicts"] = _conflicts(self.cosines)
+            facts["conflicts"] = _conflicts(self.cosines) if facts["shared"] else None
         elif not isinstance(self.stepper, Plain):
             facts |= peers.agreement(self.job)
         tasks = [task for task in workload.tasks if self.job.method != SINGLE or task.name == self.job.part]
