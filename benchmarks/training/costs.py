@@ -67,7 +67,7 @@ def where_time_goes(over: Sequence[tuple[str, str, float, float | None]], number
     ]
     if python := [part for *_, part in over if part is not None]:
         lines.append(
-            f"Of these, where the kernels were measured by themselves, {100 * statistics.median(python):.0f} % is Python "
+            f"Of these, where kernels were measured by themselves, {100 * statistics.median(python):.0f} % is Python "
             "(median): which parameters are shared, tables of rows, the report. It shows where passes are short."
         )
     return [*lines, ""]
