@@ -39,7 +39,7 @@ else
 endif
 DEMO := $(if $(GPU)$(wildcard $(READY)),$(READY),$(FOR_DEMO))
 
-.PHONY: demo test bench gpu lint dist api clean
+.PHONY: demo test test-all bench evidence gpu lint dist api clean
 
 demo: $(DEMO)
 	$(say) training "three methods, about a minute"
@@ -48,6 +48,14 @@ demo: $(DEMO)
 # A thread a process: there are as many processes as cores, and more threads wait for each other.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
+
+# Trains the workloads, peers beside them where they are installed, and renews docs/evidence.md; goes on where it was stopped.
+evidence: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) benchmarks/train.py --quick --peers $(ARGS)
+
+# With the tests marked as exhaustive.
+test-all: ARGS += -m ""
+test-all: test
 
 bench: $(READY)
 	$(RUN) benchmarks/kernels.py $(ARGS)

@@ -10,7 +10,7 @@ import interpreter
 import mtl_kernels as mk
 from mtl_kernels.backends import BACKENDS as IMPLEMENTATIONS
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True, print_blob=True, max_examples=50)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

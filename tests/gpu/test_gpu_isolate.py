@@ -52,20 +52,13 @@ def broken(attempts: Attempts) -> None:
         poisoned.append("")
         raise ValueError(f"launch failed{'' if held else held}")
 
-    def poison(text: str) -> None:
-        poisoned.append(text)
-        if text:
-            raise ValueError(text)
-
     attempts.wait = wait
     pieces = {
         "right": lambda: None,
         "raises": lambda: os.stat("/no/such/file"),
         "dies": lambda: os.kill(os.getpid(), signal.SIGSEGV),
-        "exits": lambda: os._exit(3),
         "hangs": lambda: time.sleep(600),
-        "poisons": lambda: poison(""),
-        "poisons and says so": lambda: poison("launch failed"),
+        "poisons": lambda: poisoned.append(""),
         "poisons what it holds": hold,
         "last": lambda: None,
     }
@@ -80,10 +73,8 @@ def test_every_piece_is_tried_once_whatever_the_others_do() -> None:
     assert not reason
     assert dict(lost) == {
         "dies": "its process died of SIGSEGV",
-        "exits": "its process ended with 3",
         "hangs": "it was stopped after 1 s",
         "poisons": "RuntimeError: CUDA error: an illegal memory access was encountered",
-        "poisons and says so": "ValueError: launch failed",
         "poisons what it holds": "ValueError: launch failed",
     }
     # A piece that was tried is skipped by the next process, which says of it that nothing failed.
@@ -165,8 +156,12 @@ def faulty(attempts: Attempts, options: object, deadline: float, rows: Sequence[
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("raise", "RuntimeError: an illegal memory access was encountered; its process was lost"),
         ("die", "its process died of SIGABRT; its process was lost"),
+        pytest.param(
+            "raise",
+            "RuntimeError: an illegal memory access was encountered; its process was lost",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_the_benchmark_goes_on_behind_a_kernel_that_takes_its_process_down(

@@ -75,7 +75,7 @@ def test_ragged_table_of_mixed_dtypes(implementation: str, num_tasks: int) -> No
 
 def test_many_tiny_parameters(implementation: str) -> None:
     rows, weights = (
-        make_rows(5, [(1 + p % 7,) for p in range(700)], DTYPES, missing=0.2, seed=1),
+        make_rows(5, [(1 + p % 7,) for p in range(350)], DTYPES, missing=0.2, seed=1),
         weights_for(5),
     )
     check_combine(mk.combine(rows, weights, backend=implementation), rows, weights)
@@ -352,6 +352,7 @@ def test_out_may_be_a_leaf_that_requires_grad(implementation: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_than_2_to_31_elements(backend: str, device: torch.device) -> None:
     if (backend, device.type) not in {("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")}:
         pytest.skip(f"backend {backend} is too slow here")

@@ -41,6 +41,8 @@ def test_statistics_of_what_is_not_finite(backend: str, bad: float) -> None:
 @pytest.mark.parametrize("num_tasks", [1, 2, 7, 20])
 @pytest.mark.parametrize("solver", ["pcgrad", "min_norm"])
 def test_gram_solve_is_gram_and_solve(backend: str, solver: str, num_tasks: int, groups: list[int] | None) -> None:
+    if backend == "triton" and num_tasks == 20:
+        pytest.skip("slow in Triton's interpreter, and nothing new")
     rows = make_rows(num_tasks, SHAPES, missing=0.1, seed=2)
     rng, options = rng_state(5, 3), (1.0, 0.0) if solver == "pcgrad" else (0.0, 0.0, 0.0)
     active = torch.ones(num_tasks, dtype=torch.bool)

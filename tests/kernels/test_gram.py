@@ -41,7 +41,7 @@ def test_ragged_table_of_mixed_dtypes(implementation: str, num_tasks: int) -> No
 
 @pytest.mark.parametrize("num_tasks", [2, 6, 9])
 def test_many_tiny_parameters_share_blocks(implementation: str, num_tasks: int) -> None:
-    rows = make_rows(num_tasks, [(1 + p % 7,) for p in range(700)], DTYPES[:2], missing=0.2, seed=1)
+    rows = make_rows(num_tasks, [(1 + p % 7,) for p in range(350)], DTYPES[:2], missing=0.2, seed=1)
     check_gram(mk.gram(rows, backend=implementation), rows)
 
 
@@ -320,6 +320,7 @@ def test_any_table(implementation: str, rows: Table) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_than_2_to_31_elements(backend: str, device: torch.device) -> None:
     if (backend, device.type) not in {("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")}:
         pytest.skip(f"backend {backend} is too slow here")

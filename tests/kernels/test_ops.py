@@ -75,6 +75,8 @@ def test_opcheck_with_inputs_that_require_grad(backend: str) -> None:
 @pytest.mark.parametrize("lead", [(), (3,), (2, 2)], ids=str)
 @pytest.mark.parametrize("solver", ["pcgrad", "min_norm"])
 def test_opcheck_of_solve(backend: str, solver: str, lead: tuple[int, ...]) -> None:
+    if backend == "triton" and lead != ():
+        pytest.skip("slow in Triton's interpreter, and nothing new")
     matrix = torch.randn(*lead, 4, 6, dtype=torch.float64)
     options = [1.0, 0.0] if solver == "pcgrad" else [0.0, 0.0, 0.0]
     for active in (None, torch.tensor([True, False, True, True])):
@@ -297,30 +299,38 @@ def test_unknown_solver(backend: str) -> None:
         ops.solve(torch.eye(2), mk.SolverCall("nope"), backend=backend)
 
 
-def test_solve_never_reads_beyond_its_arguments(backend: str, device: torch.device) -> None:
+def test_solve_never_reads_beyond_its_arguments() -> None:
     """In a process of its own: the compiled solvers get addresses and trust them."""
-    code = f"""
+    code = """
 import torch
+import mtl_kernels
 from mtl_kernels import SolverCall, ops
-torch.set_default_device({device.type!r})
-int64 = torch.int64
-for solver, options, rng in (
-    ("pcgrad", (1.0, 0.0), torch.zeros(2)),
-    ("pcgrad", (1.0, 0.0), torch.zeros(1, dtype=int64)),
-    ("pcgrad", (1.0, 0.0), torch.zeros(2, dtype=int64, device="meta")),
-    ("pcgrad", (1.0,), None),
-    ("min_norm", (0.0, 0.0), None),
-    ("pcgrad", (), None),
-):
-    try:
-        ops.solve(torch.eye(3), SolverCall(solver, options, rng=rng), backend={backend!r})
-        print("took", solver, options, rng, flush=True)
-    except (ValueError, TypeError) as error:
-        print("refused", error, flush=True)
+int64, count = torch.int64, 0
+for backend, missing in mtl_kernels.available_backends().items():
+    if missing is not None:
+        continue
+    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    for solver, options, rng in (
+        ("pcgrad", (1.0, 0.0), torch.zeros(2)),
+        ("pcgrad", (1.0, 0.0), torch.zeros(1, dtype=int64)),
+        ("pcgrad", (1.0, 0.0), torch.zeros(2, dtype=int64, device="meta")),
+        ("pcgrad", (1.0,), None),
+        ("min_norm", (0.0, 0.0), None),
+        ("pcgrad", (), None),
+    ):
+        count += 1
+        try:
+            ops.solve(torch.eye(3), SolverCall(solver, options, rng=rng), backend=backend)
+            print("took", backend, solver, options, rng, flush=True)
+        except (ValueError, TypeError) as error:
+            print("refused", error, flush=True)
+print(count)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}{result.stderr}"
-    assert "took" not in result.stdout and result.stdout.count("refused") == 6
+    count = result.stdout.splitlines()[-1]
+    assert "took" not in result.stdout and result.stdout.count("refused") == int(count) >= 12
 
 
 def test_rng_of_any_stride(backend: str) -> None:

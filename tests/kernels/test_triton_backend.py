@@ -117,10 +117,7 @@ def test_the_oldest_triton(gpu: None, monkeypatch: pytest.MonkeyPatch, version: 
     ("body", "reason"),
     [
         ("raise RuntimeError('0 active drivers')", "RuntimeError: 0 active drivers"),
-        ("raise OSError('libtriton.so: cannot open shared object file')", "OSError: libtriton.so: cannot open"),
         ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
-        ("nonsense", "NameError: name 'nonsense' is not defined"),
-        ("raise ImportError('undefined symbol: x')", "undefined symbol: x"),
         ("jit = None", "does not load"),
         ("def f(:", "SyntaxError"),
     ],

@@ -134,6 +134,16 @@ def test_mgda_skips_zero_rows_if_asked_to(granularity: str, options: dict[str, s
     assert all(not p.grad.any() for p in model.parameters())
 
 
+def test_towers_that_share_nothing_have_no_zero_rows() -> None:
+    model = TwoHeads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = MultiTaskOptimizer(sgd(*model.heads.parameters()), MGDA())
+        for param in model.trunk.parameters():
+            param.requires_grad_(False)
+        opt.backward(model.losses())
+
+
 @pytest.mark.usefixtures("quiet")
 def test_other_methods_go_on_with_zero_rows() -> None:
     model = TwoHeads()

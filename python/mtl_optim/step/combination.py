@@ -36,6 +36,11 @@ class Combined:
     owner: list[int | None]
     report: Report
 
+    @property
+    def anything_shared(self) -> bool:
+        """Whether several tasks reach some parameter."""
+        return any(k is None and grad is not None for k, grad in zip(self.owner, self.grads, strict=True))
+
 
 class Combiner:
     """Combines rows with a method; see `MultiTaskOptimizer` for the options."""

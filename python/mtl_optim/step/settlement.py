@@ -103,7 +103,7 @@ class Settlement:
             )  # fmt: skip
             combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, reduced, likes))
         tell_norms(self.options.transform, combined.report, list(last))
-        if method.stops_at_zero_rows:
+        if method.stops_at_zero_rows and combined.anything_shared:
             self.advice.zero_rows(combined.report)
         return combined
 
