@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import networks, provenance, timing
 from benchmarks.traffic import MODES, Step
 from mtl_optim import MultiTaskOptimizer, PCGrad
+from mtl_optim.distributed import collectives
 
 COLUMNS = ("K", "N", "R", "mode", "sent_gb", "gram_mb", "held_gb", "moved_gb")
 MEASURED = ("network", "K", "ranks", "mode", "median_ms", "p20_ms", "p80_ms", "ratio", "note")
@@ -137,8 +138,8 @@ def ours(network: networks.Shared, reduce: str) -> Callable[[], object]:
     return step
 
 
-def collectives(network: networks.Shared, tasks: int, reduce: str) -> Callable[[], object]:
-    """Those of a step by themselves, as few and as large as there are."""
+def bytes_alone(network: networks.Shared, tasks: int, reduce: str) -> Callable[[], object]:
+    """The collectives of a step by themselves, as few and as large as there are."""
     ranks, shared = dist.get_world_size(), sum(p.numel() for p in network.trunk.parameters())
     heads = torch.zeros(sum(p.numel() for p in network.heads.parameters()) // tasks)
     whole = torch.zeros(-(-shared // ranks) * ranks)
@@ -147,12 +148,12 @@ def collectives(network: networks.Shared, tasks: int, reduce: str) -> Callable[[
     def send() -> None:
         for _ in range(tasks):
             if reduce == "scatter":
-                dist.reduce_scatter_tensor(piece, whole)
+                collectives.reduce_scatter(whole, ranks, None)
             else:
-                dist.all_reduce(whole)
-            dist.all_reduce(heads)
+                collectives.all_reduce(whole, None)
+            collectives.all_reduce(heads, None)
         if reduce == "scatter":
-            dist.all_gather_into_tensor(whole, piece)
+            collectives.all_gather(piece, ranks, None)
 
     return send
 
@@ -165,7 +166,7 @@ def rank(index: int, ranks: int, store: str, tasks: int, repeats: int, path: str
     network = networks.build(NETWORK, tasks)
     functions: dict[str, Callable[[], object]] = {"K backwards": lambda: backwards(network)}
     for reduce in ("scatter", "all"):
-        functions[f"bytes, {reduce}"] = collectives(network, tasks, reduce)
+        functions[f"bytes, {reduce}"] = bytes_alone(network, tasks, reduce)
         functions[f"ours, {reduce}"] = ours(network, reduce)
     model = nn.parallel.DistributedDataParallel(Summed(copy.deepcopy(network)))
 

@@ -48,10 +48,14 @@ class Layout:
         """
         slots = self.slots[dtype]
         length = self.shares[dtype] * self._size if padded else slots[-1].end
-        flat = torch.zeros(length, dtype=dtype, device=self._device(dtype))
+        flat = torch.empty(length, dtype=dtype, device=self._device(dtype))
+        flat[slots[-1].end :].zero_()
         for slot in slots:
-            if (grad := grads[slot.param]) is not None:
-                torch.mul(grad, 1 / self._size, out=flat[slot.begin : slot.end].view(grad.shape))
+            place = flat[slot.begin : slot.end]
+            if (grad := grads[slot.param]) is None:
+                place.zero_()
+            else:
+                torch.mul(grad, 1 / self._size, out=place.view(grad.shape))
         return flat
 
     def empty_share(self, dtype: torch.dtype) -> Tensor:
