@@ -131,8 +131,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
     Raises:
         TypeError, ValueError: an argument of another type, an unknown option, options that do not go together, or a
             parameter in two optimizers.
-        RuntimeError: parameters sharded by FSDP1 or DeepSpeed, or plain ones beside DTensors; ``data_parallel`` without
-            a process group.
+        RuntimeError: parameters sharded by FSDP1 or DeepSpeed; ``data_parallel`` without a process group.
     """
 
     def __init__(

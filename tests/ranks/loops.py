@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -47,10 +47,17 @@ def _compiled_parts(model: nn.Module) -> Wrapped:
     return _replicated(model)
 
 
-def _sharded(model: nn.Module) -> Wrapped:
+def _sharded(model: nn.Module, **options: Any) -> Wrapped:
     for part in (model.trunk[0], model.trunk[2], model.bridge):
+        fully_shard(part, **options)
+    return fully_shard(model, **options), {}
+
+
+def _sharded_in_part(model: nn.Module) -> Wrapped:
+    """Heads and a layer of the trunk are plain."""
+    for part in (model.trunk[0], model.bridge):
         fully_shard(part)
-    return fully_shard(model), {}
+    return model, {}
 
 
 WAYS: dict[str, Callable[[nn.Module], Wrapped]] = {
@@ -62,6 +69,12 @@ WAYS: dict[str, Callable[[nn.Module], Wrapped]] = {
     "compiled ddp": _compiled_outside,
     "ddp of compiled parts": _compiled_parts,
     "fsdp": _sharded,
+    "fsdp, in part": _sharded_in_part,
+    "fsdp, kept whole": lambda model: _sharded(model, reshard_after_forward=False),
+    "fsdp, offloaded": lambda model: _sharded(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "fsdp, float32": lambda model: _sharded(
+        model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    ),
 }
 
 

@@ -25,11 +25,11 @@ def alone(**options: Any) -> dict[str, Any]:
     return loops.train("one", **options)
 
 
-def check(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+def check(found: list[dict[str, Any]], expected: dict[str, Any], rtol: float = 1e-9) -> None:
     for result in found:
         for name in ("weights", "grams", "grads", "params"):
             for a, b in zip(result[name], expected[name], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * float(b.abs().max().clamp(min=1e-3)))
+                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max().clamp(min=1e-3)))
 
 
 def test_compiled_parts(pair: World) -> None:
@@ -56,6 +56,16 @@ def test_a_task_that_is_absent(pair: World, how: str) -> None:
 def test_blocks_of_sharded_models(pair: World, absent: bool) -> None:
     """A forward and a backward pass a task."""
     check(pair.run(loops.train, "fsdp", blocks=True, absent=absent), alone(absent=absent))
+
+
+@pytest.mark.parametrize("how", ["fsdp, in part", "fsdp, kept whole", "fsdp, offloaded"])
+def test_ways_to_shard(pair: World, how: str) -> None:
+    check(pair.run(loops.train, how), alone())
+    check(pair.run(loops.train, how, plain_heads=True), alone(plain_heads=True))
+
+
+def test_forward_passes_in_float32(pair: World) -> None:
+    check(pair.run(loops.train, "fsdp, float32"), alone(), rtol=1e-4)
 
 
 def test_join_is_refused(pair: World) -> None:

@@ -34,9 +34,8 @@ def find_ranks(data_parallel: Any, reduce: str, groups: Iterable[Mapping[str, An
     params = [param for group in groups if group.get("mtl", True) for param in group["params"]]
     for param in params:
         _refuse(param)
-    sharded = [_is_dtensor(param) for param in params]
-    if any(sharded):
-        return _sharded(data_parallel, params, sharded)
+    if any(map(_is_dtensor, params)):
+        return _sharded(data_parallel)
     if data_parallel is None or data_parallel is False:
         return Local(data_parallel is False)
     if not dist.is_available() or not dist.is_initialized():
@@ -98,28 +97,20 @@ def check_added(ranks: Ranks, groups: Iterable[Mapping[str, Any]]) -> None:
     for group in groups:
         for param in group["params"] if group.get("mtl", True) else ():
             _refuse(param)
-            if _is_dtensor(param) != ranks.hides:
+            if _is_dtensor(param) and not ranks.hides:
                 raise RuntimeError(
-                    f"{OWNER}: a parameter of shape {list(param.shape)} is "
-                    + ("a plain tensor beside DTensors" if ranks.hides else "a DTensor beside plain tensors")
-                    + "; build the optimizer with all parameters, or add it with mtl=False"
+                    f"{OWNER}: a parameter of shape {list(param.shape)} is a DTensor beside plain tensors; build the "
+                    "optimizer with all parameters, or add it with mtl=False"
                 )
 
 
-def _sharded(data_parallel: Any, params: list[Tensor], sharded: list[bool]) -> Ranks:
+def _sharded(data_parallel: Any) -> Ranks:
     from .sharded import Sharded
 
     if data_parallel is not None:
         raise ValueError(
             f"{OWNER}: data_parallel= is for replicated parameters, and these are DTensors, whose gradients the "
             "framework reduces; leave it out"
-        )
-    if not all(sharded):
-        shapes = [list(param.shape) for param, is_one in zip(params, sharded, strict=True) if not is_one]
-        raise ValueError(
-            f"{OWNER}: parameters of shapes {', '.join(map(str, shapes[:4]))} are plain tensors beside DTensors, so "
-            "that nothing says how their gradients are reduced; call fully_shard() on the root module too, or put them "
-            "in a param group with mtl=False"
         )
     return Sharded()
 

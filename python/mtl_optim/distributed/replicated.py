@@ -29,12 +29,13 @@ class Replicated:
     Args:
         group: the ranks; None for all.
         reduce: "scatter", or "all" for the all-reduce.
+        agreement: of the same group, where there is one.
     """
 
     several, hides = True, False
 
-    def __init__(self, group: ProcessGroup | None, reduce: str = "scatter") -> None:
-        self._agreement = Agreement(group)
+    def __init__(self, group: ProcessGroup | None, reduce: str = "scatter", agreement: Agreement | None = None) -> None:
+        self._agreement = Agreement(group) if agreement is None else agreement
         self._group, self._size, self.rank = self._agreement.group, self._agreement.size, self._agreement.rank
         self._scatters = reduce == "scatter"
         self._last: Layout | None = None

@@ -11,13 +11,15 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..capture.grads import Row, same_tensors
 from .agreement import Agreement
 from .ranks import Reduced
+from .replicated import Replicated
 
 
 class Sharded:
     """Gram matrices of local shards, added up; combinations of local shards. Nothing is gathered.
 
     A parameter that a mesh dimension replicates is counted on the first rank of that dimension alone, and one that lies
-    on several meshes side by side (FSDP2 around tensor parallel layers) on the first of them.
+    on several meshes side by side (FSDP2 around tensor parallel layers) on the first of them. Plain parameters beside
+    sharded ones are replicated: their gradients are averaged over all ranks, whole.
     """
 
     several = hides = True
@@ -25,6 +27,7 @@ class Sharded:
     def __init__(self) -> None:
         self._agreement = Agreement(None)
         self.rank = self._agreement.rank
+        self._plain = Replicated(None, "all", self._agreement)
         self._params: list[Tensor] = []
         self._counted: list[bool] = []
 
@@ -44,11 +47,22 @@ class Sharded:
         return None
 
     def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
-        self._check_masks([[grad is not None for grad in row] for rows in batches for row in rows])
-        counted = self._counts(params)
+        sharded, plain = _places(params)
+        self._check_masks([[row[p] is not None for p in sharded] for rows in batches for row in rows])
+        counted = [self.rank == 0] * len(params)
+        for p, counts in zip(sharded, self._counts([params[p] for p in sharded]), strict=True):
+            counted[p] = counts
+        means = [Reduced([[] for _ in rows], []) for rows in batches]
+        if plain:
+            means = self._plain.reduce(
+                [[[row[p] for p in plain] for row in rows] for rows in batches], [params[p] for p in plain]
+            )
         found = []
-        for rows in batches:
+        for rows, mean in zip(batches, means, strict=True):
             local = [[_local(grad, param) for grad, param in zip(row, params, strict=True)] for row in rows]
+            for row, averaged in zip(local, mean.rows, strict=True):
+                for p, grad in zip(plain, averaged, strict=True):
+                    row[p] = grad
             found.append(Reduced(local, counted))
         return found
 
@@ -56,10 +70,17 @@ class Sharded:
         return self._agreement.sum(gram)
 
     def expand(self, grads: Row, reduced: Reduced, params: Sequence[Tensor]) -> Row:
-        return [None if grad is None else _like(param, grad) for grad, param in zip(grads, params, strict=True)]
+        return [
+            _like(param, grad) if grad is not None and isinstance(param, DTensor) else grad
+            for grad, param in zip(grads, params, strict=True)
+        ]
 
     def average(self, grads: Row, params: Sequence[Tensor]) -> Row:
-        return grads
+        found, (_, plain) = list(grads), _places(params)
+        means = self._plain.average([grads[p] for p in plain], [params[p] for p in plain])
+        for p, mean in zip(plain, means, strict=True):
+            found[p] = mean
+        return found
 
     def mean(self, values: Tensor) -> Tensor:
         return self._agreement.sum(values) / self._agreement.size
@@ -91,6 +112,12 @@ class Sharded:
             )
 
 
+def _places(params: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Where the sharded parameters stand, and the plain ones."""
+    sharded = [p for p, param in enumerate(params) if isinstance(param, DTensor)]
+    return sharded, [p for p in range(len(params)) if p not in set(sharded)]
+
+
 def _ranks_of(param: Any) -> tuple[int, ...]:
     """Those that hold a parameter together, in order."""
     return tuple(sorted(param.device_mesh.mesh.flatten().tolist()))
@@ -107,7 +134,7 @@ def _is_first(param: Any) -> bool:
 
 def _local(grad: Any, param: Any) -> Tensor | None:
     """The shard of a gradient that belongs to that of its parameter."""
-    if grad is None:
+    if grad is None or not isinstance(param, DTensor):
         return None
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
