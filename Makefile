@@ -17,7 +17,8 @@ TRITON ?= triton==3.6.0
 JOBS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-PIP := -m pip install -qq --disable-pip-version-check --no-warn-script-location --root-user-action ignore
+# Modules are compiled when they are first imported, most of them never.
+PIP := -m pip install -qq --no-compile --disable-pip-version-check --no-warn-script-location --root-user-action ignore
 GPU := $(shell command -v nvidia-smi)
 NVCC := $(shell command -v "$${CUDACXX:-nvcc}" || command -v /usr/local/cuda/bin/nvcc)
 CUDA := $(if $(filter 0,$(MTL_KERNELS_CUDA)),,$(NVCC))

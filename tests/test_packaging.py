@@ -77,6 +77,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_wheel_with_a_compiler(tmp_path: Path) -> None:
     wheel, _ = build(tmp_path)
     names = zipfile.ZipFile(wheel).namelist()

@@ -153,15 +153,12 @@ def faulty(attempts: Attempts, options: object, deadline: float, rows: Sequence[
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
         ("die", "its process died of SIGABRT; its process was lost"),
-        pytest.param(
-            "raise",
-            "RuntimeError: an illegal memory access was encountered; its process was lost",
-            marks=pytest.mark.exhaustive,
-        ),
+        ("raise", "RuntimeError: an illegal memory access was encountered; its process was lost"),
     ],
 )
 def test_the_benchmark_goes_on_behind_a_kernel_that_takes_its_process_down(

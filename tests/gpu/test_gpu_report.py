@@ -221,6 +221,7 @@ def test_a_suite_without_tests_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_dry_run(tmp_path: Path) -> None:
     """The stages as they are planned, but for the builds, on the CPU."""
     chosen = ["device", "first", "kernel", "gpu tests", "memcheck", "racecheck"]

@@ -23,6 +23,7 @@ def test_parallel_loop_under_sanitizers(kind: str, arguments: list[str], tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     compiler = [*sanitizing_compiler("address,undefined", tmp_path), f"-I{CPU}", "-Wno-psabi"]
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -202,9 +202,6 @@ def test_sharded_parameters(tmp_path: Path) -> None:
     try:
         mesh = init_device_mesh("cpu", (1,))
         sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh))
-        groups = [{"params": [sharded]}, {"params": [nn.Parameter(torch.ones(2))]}]
-        with pytest.raises(ValueError, match="plain tensors beside DTensors"):
-            MultiTaskOptimizer(torch.optim.SGD(groups, lr=0.1), Sum())
         with pytest.raises(ValueError, match="data_parallel= is for replicated parameters"):
             MultiTaskOptimizer(sgd(sharded), Sum(), data_parallel=torch.distributed.group.WORLD)
         opt = MultiTaskOptimizer(sgd(), Sum())
