@@ -34,7 +34,8 @@ from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import networks, provenance, timing
+from benchmarks import networks, results, timing
+from benchmarks.passes import Backwards
 from benchmarks.traffic import MODES, Step
 from mtl_optim import MultiTaskOptimizer, PCGrad
 from mtl_optim.distributed import collectives
@@ -96,21 +97,6 @@ def renew(path: Path) -> None:
     path.write_text(f"{head}{BEGIN}\n{document()}\n{END}{rest.split(END, 1)[1]}")
 
 
-def gradients(network: networks.Shared) -> list[Tensor | None]:
-    found = [parameter.grad for parameter in network.parameters()]
-    network.zero_grad()
-    return found
-
-
-def backwards(network: networks.Shared) -> None:
-    """K passes whose gradients are kept."""
-    losses = network.losses(network.features())
-    kept = []
-    for k, loss in enumerate(losses):
-        loss.backward(retain_graph=k < len(losses) - 1)  # type: ignore[no-untyped-call]
-        kept.append(gradients(network))
-
-
 class Summed(nn.Module):
     """All losses in one, for DistributedDataParallel."""
 
@@ -164,7 +150,7 @@ def rank(index: int, ranks: int, store: str, tasks: int, repeats: int, path: str
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=ranks)
     torch.manual_seed(0)
     network = networks.build(NETWORK, tasks)
-    functions: dict[str, Callable[[], object]] = {"K backwards": lambda: backwards(network)}
+    functions: dict[str, Callable[[], object]] = {"K backwards": Backwards(network).step}
     for reduce in ("scatter", "all"):
         functions[f"bytes, {reduce}"] = bytes_alone(network, tasks, reduce)
         functions[f"ours, {reduce}"] = ours(network, reduce)
@@ -241,10 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.measure:
         folder = given.output or Path(tempfile.mkdtemp())
         folder.mkdir(parents=True, exist_ok=True)
-        path = (
-            folder
-            / f"{given.machine or provenance.slug(f'{provenance.cpu_name()} {os.cpu_count()} cores')}-scaling.csv"
-        )
+        path = folder / f"{results.environment(given.machine)['machine']}-scaling.csv"
         measure(given.tasks[0] if len(given.tasks) == 1 else 8, 2, given.repeats, path)
         with path.open() as file:
             show("two ranks over gloo", list(csv.DictReader(file)), MEASURED)

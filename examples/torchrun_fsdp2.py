@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from problem import Net, Points
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mtl_optim import MultiTaskOptimizer, PCGrad
+from mtl_optim.distributed.checkpoint import TrainingState
 
 
 def train(epochs: int = 3, micro: int = 1, checkpoint: str | None = None) -> tuple[torch.nn.Module, MultiTaskOptimizer]:
@@ -23,14 +23,10 @@ def train(epochs: int = 3, micro: int = 1, checkpoint: str | None = None) -> tup
     fully_shard((model := Net()).trunk)
     fully_shard(model)
     opt = MultiTaskOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), PCGrad())
-    sampler, saved = DistributedSampler(dataset := Points()), {"epoch": 0}
+    sampler, saved = DistributedSampler(dataset := Points()), {"training": TrainingState(model, opt), "epoch": 0}
     loader = DataLoader(dataset, 16, sampler=sampler)
-    if checkpoint and os.path.exists(f"{checkpoint}/rest"):
-        saved = torch.load(f"{checkpoint}/rest", weights_only=True)
-        model_state, opt_state = get_state_dict(model, opt.optimizer)
-        dcp.load({"model": model_state, "opt": opt_state}, checkpoint_id=checkpoint)
-        set_state_dict(model, opt.optimizer, model_state_dict=model_state, optim_state_dict=opt_state)
-        opt.load_state_dict({**opt.optimizer.state_dict(), "mtl": saved["mtl"]})
+    if checkpoint and os.path.exists(f"{checkpoint}/.metadata"):
+        dcp.load(saved, checkpoint_id=checkpoint)
     for epoch in range(saved["epoch"], epochs):
         sampler.set_epoch(epoch)
         for i, batch in enumerate(loader, start=1):
@@ -42,12 +38,9 @@ def train(epochs: int = 3, micro: int = 1, checkpoint: str | None = None) -> tup
                 opt.step()
                 opt.zero_grad()
         if checkpoint:
-            model_state, opt_state = get_state_dict(model, opt.optimizer)
-            dcp.save({"model": model_state, "opt": opt_state}, checkpoint_id=checkpoint)
+            dcp.save({**saved, "epoch": epoch + 1}, checkpoint_id=checkpoint)
         if dist.get_rank() == 0:
             print(epoch, {name: round(loss.item(), 3) for name, loss in losses.items()})
-            if checkpoint:  # what the method remembers, the same on all ranks
-                torch.save({"mtl": opt.state_dict()["mtl"], "epoch": epoch + 1}, f"{checkpoint}/rest")
     return model, opt
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 
 from benchmarks import traffic
 from mtl_optim import MultiTaskOptimizer, PCGrad
-from ranks import scenarios
+from ranks import cheaper, scenarios
+from ranks.scenarios import check
 from ranks.world import World
 
 REPLICATED = ("ddp", "group", "group, all")
@@ -20,24 +20,9 @@ SHARDED = ("fsdp",)
 METHODS = tuple(scenarios.METHODS)
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[World]:
-    world = World(2)
-    yield world
-    world.close()
-
-
 @functools.cache
 def alone(world: int, method: str, micro: int = 1, **options: Any) -> dict[str, Any]:
     return scenarios.train("one", method, micro=micro, world=world, **options)
-
-
-def check(found: list[dict[str, Any]], expected: dict[str, Any], rtol: float = 1e-9) -> None:
-    for result in found:
-        for name in ("weights", "grams", "grads", "params"):
-            for a, b in zip(result[name], expected[name], strict=True):
-                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max().clamp(min=1e-3)))
-        assert all(torch.equal(a, b) for a, b in zip(result["weights"], found[0]["weights"], strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,10 +107,10 @@ def test_features(pair: World, method: str) -> None:
 def test_factored_rows(pair: World, passes: str, last: bool) -> None:
     """In a basis of the inputs of all ranks; more than half of what rows send is saved."""
     for how, method in (("ddp", "pcgrad"), ("group, all", "upgrad")):
-        found = pair.run(scenarios.wide, how, method, last=last, capture="factored", passes=passes)
-        check(found, scenarios.wide("one", method, last=last))
+        found = pair.run(cheaper.wide, how, method, last=last, capture="factored", passes=passes)
+        check(found, cheaper.wide("one", method, last=last))
         assert found[0]["how"].count("factored: 24 rows") == (1 if last else 2), found[0]["how"]
-        rows = pair.run(scenarios.wide, how, method, last=last)
+        rows = pair.run(cheaper.wide, how, method, last=last)
         assert all(
             one["counted"] < other["counted"] / (1 if last else 2) for one, other in zip(found, rows, strict=True)
         )
@@ -133,8 +118,8 @@ def test_factored_rows(pair: World, passes: str, last: bool) -> None:
 
 def test_factored_rows_of_uneven_batches(pair: World) -> None:
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
-        expected = pair.run(scenarios.wide, "ddp", "mgda", sizes=(7, 4))[0]
-        check(pair.run(scenarios.wide, "ddp", "mgda", sizes=(7, 4), capture="factored", dtype=dtype), expected, rtol)
+        expected = pair.run(cheaper.wide, "ddp", "mgda", sizes=(7, 4))[0]
+        check(pair.run(cheaper.wide, "ddp", "mgda", sizes=(7, 4), capture="factored", dtype=dtype), expected, rtol)
 
 
 @pytest.mark.parametrize("passes", ["auto", "batched"])
@@ -142,11 +127,11 @@ def test_factored_rows_that_one_rank_cannot_take(pair: World, passes: str) -> No
     """A weight that one rank uses unseen has whole rows on all of them."""
     options = {"guest": 1, "passes": passes}
     if passes == "batched":
-        for good, text in pair.outcomes(scenarios.wide, "ddp", "mgda", capture="factored", **options):
+        for good, text in pair.outcomes(cheaper.wide, "ddp", "mgda", capture="factored", **options):
             assert not good and "one backward pass for all tasks cannot run: " in text
         return
-    found = pair.run(scenarios.wide, "ddp", "mgda", capture="factored", **options)
-    check(found, pair.run(scenarios.wide, "ddp", "mgda", guest=1)[0])
+    found = pair.run(cheaper.wide, "ddp", "mgda", capture="factored", **options)
+    check(found, pair.run(cheaper.wide, "ddp", "mgda", guest=1)[0])
     assert found[0]["how"] == found[1]["how"] and "factored: 12 rows" in found[0]["how"], found[0]["how"]
 
 
@@ -223,7 +208,7 @@ def test_what_is_sent_is_what_the_formula_says(pair: World, mode: str, how: str)
         step = traffic.Step(tasks, shared=1200, ranks=2, heads=10 * tasks, share=0.2)
         for steps in (1, 2):  # the second sends rows as they come
             expected = traffic.MODES[mode].sent(step) + step.gram_bytes / 8
-            assert pair.run(scenarios.elements_sent, how, tasks, steps, mode) == [pytest.approx(expected)] * 2
+            assert pair.run(cheaper.elements_sent, how, tasks, steps, mode) == [pytest.approx(expected)] * 2
 
 
 @pytest.mark.parametrize("how", ["ddp", "group"])

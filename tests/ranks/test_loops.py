@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from ranks import loops
+from ranks.scenarios import check
 from ranks.world import World
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[World]:
-    world = World(2)
-    yield world
-    world.close()
 
 
 @functools.cache
 def alone(**options: Any) -> dict[str, Any]:
     return loops.train("one", **options)
-
-
-def check(found: list[dict[str, Any]], expected: dict[str, Any], rtol: float = 1e-9) -> None:
-    for result in found:
-        for name in ("weights", "grams", "grads", "params"):
-            for a, b in zip(result[name], expected[name], strict=True):
-                torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max().clamp(min=1e-3)))
 
 
 def test_compiled_parts(pair: World) -> None:

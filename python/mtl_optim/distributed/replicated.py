@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,10 @@ from .agreement import Agreement
 from .layout import Layout
 from .ranks import Reduced
 from .sending import Sender, Sent
+from .several import Several
 
 
-class Replicated:
+class Replicated(Several):
     """The mean of rows over ranks, by reduce-scatter: each rank gets the same piece of every row.
 
     K rows of N elements on R ranks: (K + 1) N (R - 1) / R elements are sent a rank, and K N / R are held, where an
@@ -32,31 +32,19 @@ class Replicated:
         agreement: of the same group, where there is one.
     """
 
-    several, hides = True, False
+    hides = False
 
     def __init__(self, group: ProcessGroup | None, reduce: str = "scatter", agreement: Agreement | None = None) -> None:
-        self._agreement = Agreement(group) if agreement is None else agreement
-        self._group, self._size, self.rank = self._agreement.group, self._agreement.size, self._agreement.rank
+        super().__init__(Agreement(group) if agreement is None else agreement)
+        self._group, self._size = self._agreement.group, self._agreement.size
         self._scatters = reduce == "scatter"
         self._last: Layout | None = None
         self._params: list[Tensor] = []
 
-    def check(self, point: str) -> None:
-        self._agreement.exchange(point)
-
-    def fail(self, error: BaseException) -> None:
-        self._agreement.fail(error)
-
-    def agree(self, what: str, value: Any) -> list[Any]:
-        return self._agreement.exchange(what, value)
-
-    def gather(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
-        return self._agreement.gather(tensor, dim, sizes)
-
     def sender(self, num_rows: int, params: Sequence[Tensor]) -> Sender | None:
         if self._last is None or not same_tensors(params, self._params):
             return None
-        return Sender(num_rows, self._last, params, self._size, self._group)
+        return Sender(num_rows, self._last, self._size, self._group)
 
     def reduce(self, batches: Sequence[Sequence[Row]], params: Sequence[Tensor]) -> list[Reduced]:
         if any(param.is_complex() for param in params):
@@ -81,10 +69,10 @@ class Replicated:
             layouts.append(self._layout(more, params))
         self._keep(shared, layouts, params)
         split = {p for layout in layouts for p in layout.places}
-        whole = self._layout([p for p, leaf in enumerate(leaves) if leaf and p not in split], params)
+        whole = [p for p, leaf in enumerate(leaves) if leaf and p not in split]
         found = []
         for row, there in zip(rows, masks, strict=True):
-            pieces = self._means(row, there, whole)
+            pieces = self._means(row, [p for p in whole if there[p]], params)
             for layout in layouts:
                 pieces |= self._scattered(row, there, layout)
             for p, leaf in enumerate(leaves):
@@ -106,12 +94,12 @@ class Replicated:
                 found |= layout.pieces(dtype, collectives.reduce_scatter(flat, self._size, self._group))
         return found
 
-    def _means(self, row: Row, there: Sequence[bool], layout: Layout) -> dict[int, Tensor]:
-        """The means of whole gradients over the ranks."""
+    def _means(self, grads: Row, places: Sequence[int], params: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The means of some whole gradients over the ranks."""
         found: dict[int, Tensor] = {}
-        layout = self._layout([p for p in layout.places if there[p]], layout.params)
+        layout = self._layout(places, params)
         for dtype in layout.slots:
-            flat = layout.means(row, dtype, padded=False)
+            flat = layout.means(grads, dtype, padded=False)
             collectives.all_reduce(flat, self._group)
             found |= layout.shaped(dtype, flat)
         return found
@@ -123,9 +111,6 @@ class Replicated:
         known = layouts[0] if layouts and layouts[0].places == shared else None
         self._last = known or (self._layout(shared, params) if shared else None)
         self._params = list(params)
-
-    def total(self, gram: Tensor) -> Tensor:
-        return self._agreement.sum(gram)
 
     def expand(self, grads: Row, reduced: Reduced, params: Sequence[Tensor]) -> Row:
         # A pass from the features makes this rank's part of a mean once more.
@@ -148,11 +133,8 @@ class Replicated:
         if not params:
             return grads
         (there,) = self._agree_on([[grad is not None for grad in grads]])
-        means = self._means(grads, there, self._layout(range(len(params)), params))
+        means = self._means(grads, [p for p, here in enumerate(there) if here], params)
         return [means.get(p) for p in range(len(params))]
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self._agreement.sum(values) / self._size
 
     def _agree_on(self, mask: list[list[bool]]) -> list[list[bool]]:
         """What any rank has."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,10 +47,8 @@ class Sender:
         layout: of the parameters that are sent.
     """
 
-    def __init__(
-        self, num_rows: int, layout: Layout, params: Sequence[Tensor], size: int, group: ProcessGroup | None
-    ) -> None:
-        self._left, self._layout, self._params = num_rows, layout, params
+    def __init__(self, num_rows: int, layout: Layout, size: int, group: ProcessGroup | None) -> None:
+        self._left, self._layout = num_rows, layout
         self._size, self._group = size, group
         self._flying: deque[Sent] = deque()
         self._broken = False
@@ -80,7 +77,7 @@ class Sender:
         """Ends what was begun, after an error of this rank or of another."""
         if self._broken:
             return
-        nothing: Row = [None] * len(self._params)
+        nothing: Row = [None] * len(self._layout.params)
         with torch.no_grad():
             while self._left:
                 self.send(nothing)

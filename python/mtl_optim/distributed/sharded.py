@@ -12,9 +12,10 @@ from ..capture.grads import Row, same_tensors
 from .agreement import Agreement
 from .ranks import Reduced
 from .replicated import Replicated
+from .several import Several
 
 
-class Sharded:
+class Sharded(Several):
     """Gram matrices of local shards, added up; combinations of local shards. Nothing is gathered.
 
     A parameter that a mesh dimension replicates is counted on the first rank of that dimension alone, and one that lies
@@ -22,26 +23,13 @@ class Sharded:
     sharded ones are replicated: their gradients are averaged over all ranks, whole.
     """
 
-    several = hides = True
+    hides = True
 
     def __init__(self) -> None:
-        self._agreement = Agreement(None)
-        self.rank = self._agreement.rank
+        super().__init__(Agreement(None))
         self._plain = Replicated(None, "all", self._agreement)
         self._params: list[Tensor] = []
         self._counted: list[bool] = []
-
-    def check(self, point: str) -> None:
-        self._agreement.exchange(point)
-
-    def fail(self, error: BaseException) -> None:
-        self._agreement.fail(error)
-
-    def agree(self, what: str, value: Any) -> list[Any]:
-        return self._agreement.exchange(what, value)
-
-    def gather(self, tensor: Tensor, dim: int, sizes: Sequence[int]) -> list[Tensor]:
-        return self._agreement.gather(tensor, dim, sizes)
 
     def sender(self, num_rows: int, params: Sequence[Tensor]) -> None:
         return None
@@ -66,9 +54,6 @@ class Sharded:
             found.append(Reduced(local, counted))
         return found
 
-    def total(self, gram: Tensor) -> Tensor:
-        return self._agreement.sum(gram)
-
     def expand(self, grads: Row, reduced: Reduced, params: Sequence[Tensor]) -> Row:
         return [
             _like(param, grad) if grad is not None and isinstance(param, DTensor) else grad
@@ -81,9 +66,6 @@ class Sharded:
         for p, mean in zip(plain, means, strict=True):
             found[p] = mean
         return found
-
-    def mean(self, values: Tensor) -> Tensor:
-        return self._agreement.sum(values) / self._agreement.size
 
     def _counts(self, params: Sequence[Tensor]) -> list[bool]:
         """Whether this rank is the one that counts its shard of each parameter."""
@@ -114,8 +96,10 @@ class Sharded:
 
 def _places(params: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Where the sharded parameters stand, and the plain ones."""
-    sharded = [p for p, param in enumerate(params) if isinstance(param, DTensor)]
-    return sharded, [p for p in range(len(params)) if p not in set(sharded)]
+    sharded, plain = list[int](), list[int]()
+    for p, param in enumerate(params):
+        (sharded if isinstance(param, DTensor) else plain).append(p)
+    return sharded, plain
 
 
 def _ranks_of(param: Any) -> tuple[int, ...]:

@@ -265,12 +265,10 @@ class FactoredPlans:
             ValueError: one pass for all tasks was asked for, and hooks forbid it.
         """
         reach = Reach(losses)
-        nodes = {id(leaf): node for node, leaf in reach.leaves.items()}
-        own = [self._candidate(nodes.get(id(param)), p, param, reach) for p, param in enumerate(parameters.managed)]
-        everywhere = ranks.agree(
-            "factored rows", None if reach.reentrant else [one if isinstance(one, str) else one.sizes for one in own]
-        )
-        if any(there is None for there in everywhere):
+        own = None if reach.reentrant else self._candidates(parameters.managed, reach)
+        told = None if own is None else [one if isinstance(one, str) else one.sizes for one in own]
+        everywhere = ranks.agree("factored rows", told)
+        if own is None or None in everywhere:
             return None
         factors: dict[int, Factor] = {}
         uses: dict[int, list[Use]] = {}
@@ -301,6 +299,10 @@ class FactoredPlans:
         """Whether one pass for all tasks was not asked for, and is not tried again."""
         self._one_by_one, self.proven = True, False
         return self._passes == "auto"
+
+    def _candidates(self, params: Sequence[Tensor], reach: Reach) -> list[Candidate | str]:
+        nodes = {id(leaf): node for node, leaf in reach.leaves.items()}
+        return [self._candidate(nodes.get(id(param)), p, param, reach) for p, param in enumerate(params)]
 
     def _candidate(self, node: Node | None, p: int, param: Tensor, reach: Reach) -> Candidate | str:
         """A weight that may be factored, or why it is not."""
