@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -64,7 +65,9 @@ def probe(wheel: Path, tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def tree(tmp_path: Path) -> Path:
     """A copy of the tree, where there is what it takes to build it."""
-    missing = [name for name in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+    # Not by find_spec: looking for pip makes setuptools step aside in this process, which breaks later imports of it.
+    installed = {one.metadata["Name"] for one in importlib.metadata.distributions()}
+    missing = [name for name in ("pip", "setuptools", "pybind11") if name not in installed]
     missing += [name for name in ("cmake", "ninja") if not shutil.which(name, path=TOOLS)]
     if missing:
         pytest.skip(f"building a wheel needs {', '.join(missing)}")
