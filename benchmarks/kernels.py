@@ -303,7 +303,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="KERNEL",
                         help=f"which to measure, of: {', '.join(KERNELS)} (default: all)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results",
-                        help="folder of MACHINE.csv and .png (default: benchmarks/results)")  # fmt: skip
+                        help="folder of MACHINE-kernels.csv and .png (default: benchmarks/results)")  # fmt: skip
     parser.add_argument("--machine", help="name of the files (default: from the processor's name)")
     parser.add_argument("--threads", type=int, help="threads for every competitor (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="of the random rows (default: 0)")
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(options.seed)
     effort = QUICK if options.quick else FULL
     max_bytes = int(min(options.max_bytes, 4e7) if options.quick else options.max_bytes)
-    facts = environment(options.machine)
+    facts = environment(options.machine, quick=options.quick)
     options.output.mkdir(parents=True, exist_ok=True)
     print(mk.show_config(), end="\n\n")
     begin = time.perf_counter()
@@ -339,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, value in facts.items():
             setattr(row, name, value)
     show(rows if options.all else largest_only(rows))
-    csv_path = options.output / f"{facts['machine']}.csv"
+    csv_path = options.output / f"{facts['machine']}-kernels.csv"
     write_csv(rows, csv_path)
     print(f"{len(rows)} rows in {time.perf_counter() - begin:.0f} s: {csv_path}")
     picture = csv_path.with_suffix(".png")

@@ -414,7 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
     effort = timing.QUICK if options.quick else timing.Effort(15, 5, 1e-3, 3.0 if on_gpu else 12.0)
     run = Run(available(options.modes), where, effort, BRIEF_WARM_UP if options.quick else WARM_UP, options.threads,
               0 if options.no_memory else max(options.tasks))  # fmt: skip
-    facts = results.environment(options.machine, where.name)
+    facts = results.environment(options.machine, where.name, options.quick)
     path = options.output / f"{facts['machine']}-passes.csv"
     options.output.mkdir(parents=True, exist_ok=True)
     rows: list[Cells] = []

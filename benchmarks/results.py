@@ -27,6 +27,7 @@ class Row:
     the host, "latency" until the work of one call is done. Rows of other measures have no time. "count": how many
     kernels a call launches, how many copies and fills it makes, and how often the host waits for the device.
     "left out", "failed" and "missing" (though it has a budget) say in ``note`` why.
+    effort: "quick" for a look with few repeats and cases, "full" for a measurement.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class Row:
     mtl_kernels: str = ""
     commit: str = ""
     date: str = ""
+    effort: str = ""
 
     @property
     def row_bytes(self) -> int:
@@ -101,22 +103,28 @@ def compare(rows: Sequence[Row]) -> None:
             row.times_ours = row.median_us / ours.median_us
 
 
-def environment(machine: str | None, device: str = "cpu") -> dict[str, str | int]:
-    """The columns that say where and with what a row was measured; ``device`` is a GPU's name."""
+def environment(machine: str | None, device: str = "cpu", quick: bool = False) -> dict[str, str | int]:
+    """The columns that say where, with what and with which effort a row was measured; ``device`` is a GPU's name.
+
+    A machine is named after its processor, cores and instruction set unless ``machine`` is its name.
+    """
     from mtl_kernels.config import config
 
     facts = config()
     threads = torch.get_num_threads()
+    instructions = facts["instruction set"]
+    known = "" if instructions.startswith("none") else instructions
     return {
-        "machine": machine or slug(f"{cpu_name()} {os.cpu_count()} cores" if device == "cpu" else device),
+        "machine": machine or slug(f"{cpu_name()} {os.cpu_count()} cores {known}" if device == "cpu" else device),
         "device": device,
         "cpu": cpu_name(),
         "threads": threads,
-        "instruction_set": facts["instruction set"],
+        "instruction_set": instructions,
         "torch": facts["torch"],
         "mtl_kernels": facts["mtl-kernels"],
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "effort": "quick" if quick else "full",
     }
 
 

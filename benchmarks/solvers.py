@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(options.methods) - {info.name for info in list_methods()}:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
-    facts = results.environment(options.machine)
+    facts = results.environment(options.machine, quick=options.quick)
     rows: list[Cells] = []
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{facts['machine']}-solvers.csv"

@@ -138,7 +138,7 @@ def work(attempts: isolate.Attempts, given: argparse.Namespace, rows: Sequence[C
     """Measures what was not tried yet, in a process that may be lost; ``rows`` are those of the processes before."""
     where = device.find(given.device)
     attempts.wait = where.synchronize
-    attempts.send("facts", results.environment(given.machine, where.name))
+    attempts.send("facts", results.environment(given.machine, where.name, given.quick))
     torch.backends.cudnn.deterministic = True  # or the rows that are checked would not be those that were combined
     torch.backends.cudnn.allow_tf32 = False
     on_gpu = where.device.type == "cuda"

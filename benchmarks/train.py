@@ -35,7 +35,7 @@ from benchmarks.workloads.data.splits import DataMissingError
 
 def train(jobs: Sequence[Job], options: Options, console: Console) -> tuple[list[Record], list[tuple[Job, str]]]:
     """The records of all jobs, and what was left out: methods that are not for so many tasks, and peers that fail."""
-    facts = environment(options.machine)
+    facts = environment(options.machine, quick=options.quick)
     gc.freeze()  # or what is loaded would be looked through before every measurement of memory
     records, left_out = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -169,11 +169,11 @@ def test_a_whole_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
         "here",
     ]
     assert kernels.main(arguments) == 0
-    stored = list(csv.DictReader((tmp_path / "here.csv").open()))
+    stored = list(csv.DictReader((tmp_path / "here-kernels.csv").open()))
     assert {r["kernel"] for r in stored} >= {"gram", "read", "write", "copy", "matmul"}
     ours = [r for r in stored if r["provider"] == OURS]
     assert ours and all(r["machine"] == "here" and r["commit"] and r["torch"] == torch.__version__ for r in ours)
-    assert (tmp_path / "here.png").stat().st_size > 1000
+    assert (tmp_path / "here-kernels.png").stat().st_size > 1000
     assert "mtl-kernels" in capsys.readouterr().out
 
 
