@@ -1,10 +1,10 @@
 """What a step costs on several ranks: by arithmetic for large models, and measured on this machine over gloo.
 
-    python benchmarks/scaling.py [--tasks 4 8 40] [--parameters 1e8 ...] [--ranks 8 ...] [--bytes 4] [--document FILE]
-    python benchmarks/scaling.py --measure [--tasks 8] [--output FOLDER]
+    python benchmarks/scaling.py [--tasks 4 8 40] [--parameters 1e8 ...] [--ranks 8 ...] [--bytes 4] [--output FOLDER]
+    python benchmarks/scaling.py --measure [--tasks 8] [--quick] [--output FOLDER]
 
-The first evaluates `benchmarks/traffic.py`; with ``--document`` it renews the table of a Markdown file. The second
-takes steps of the convolutional network of `benchmarks/networks.py` on ranks of one thread, in turn, repeat by repeat:
+The first evaluates `benchmarks/traffic.py`, as does the table of docs/scaling.md. The second takes steps of the
+convolutional network of `benchmarks/networks.py` on ranks of one thread, in turn, repeat by repeat:
 
     K backwards      K passes on every rank, their gradients kept: the first part of the denominator
     bytes            the collectives of a step and nothing else, of the same sizes: its second part
@@ -42,13 +42,14 @@ from mtl_optim.distributed import collectives
 
 COLUMNS = ("K", "N", "R", "mode", "sent_gb", "gram_mb", "held_gb", "moved_gb")
 MEASURED = ("network", "K", "ranks", "mode", "median_ms", "p20_ms", "p80_ms", "ratio", "note")
-BEGIN, END = "<!-- begin: benchmarks/scaling.py -->", "<!-- end -->"
-SHOWN = ((8, 1e8, 8), (8, 1e9, 64), (8, 1e10, 512), (8, 1e11, 4096), (40, 1e9, 64), (40, 1e11, 4096))
-"""What the document has of the table: K, N, R."""
 NAMES = {"gram=False": "gram=False, a tenth counts", "refresh_every": "refresh_every=10", "features": "features, 1e6"}
 NETWORK = "convolutional"
 BUDGET = 1.1
 """Of a step, over its passes and its bytes."""
+REPEATS, BRIEF_REPEATS = 15, 5
+"""Of a measurement, and of a quick look."""
+
+Facts = dict[str, str | int]
 
 
 def evaluate(tasks: int, parameters: float, ranks: int, bytes_each: int) -> Iterator[dict[str, Any]]:
@@ -62,39 +63,6 @@ def evaluate(tasks: int, parameters: float, ranks: int, bytes_each: int) -> Iter
             "held_gb": traffic.held(step) * bytes_each / 1e9,
             "moved_gb": traffic.moved(step) * bytes_each / 1e9,
         }  # fmt: skip
-
-
-def document(bytes_each: int = 4) -> str:
-    """The table of the document: sent / held a rank, in GB."""
-    lines = [
-        "| K, N, R | " + " | ".join(NAMES.get(mode, mode) for mode in MODES) + " |",
-        "|---" * (len(MODES) + 1) + "|",
-    ]
-    for tasks, parameters, ranks in SHOWN:
-        cells = [
-            f"{_short(row['sent_gb'])} / {_short(row['held_gb'])}"
-            for row in evaluate(tasks, parameters, ranks, bytes_each)
-        ]
-        lines.append(f"| {tasks}, {parameters:.0e}, {ranks} | ".replace("e+", "e") + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _short(value: float) -> str:
-    """Three digits that count."""
-    return f"{float(f'{value:.3g}'):,g}"
-
-
-def renew(path: Path) -> None:
-    """Puts the table of today's arithmetic into a document.
-
-    Raises:
-        ValueError: it has no place for it.
-    """
-    text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no lines {BEGIN} and {END}, between which the table goes")
-    head, rest = text.split(BEGIN, 1)
-    path.write_text(f"{head}{BEGIN}\n{document()}\n{END}{rest.split(END, 1)[1]}")
 
 
 class Summed(nn.Module):
@@ -144,7 +112,7 @@ def bytes_alone(network: networks.Shared, tasks: int, reduce: str) -> Callable[[
     return send
 
 
-def rank(index: int, ranks: int, store: str, tasks: int, repeats: int, path: str) -> None:
+def rank(index: int, ranks: int, store: str, tasks: int, repeats: int, path: str, facts: Facts) -> None:
     """Measures as one of the ranks; the first writes what it found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=index, world_size=ranks)
@@ -171,14 +139,14 @@ def rank(index: int, ranks: int, store: str, tasks: int, repeats: int, path: str
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     if index == 0:
-        write(Path(path), seconds, tasks, ranks)
+        write(Path(path), seconds, tasks, ranks, facts)
     dist.destroy_process_group()
 
 
-def write(path: Path, seconds: dict[str, list[float]], tasks: int, ranks: int) -> None:
+def write(path: Path, seconds: dict[str, list[float]], tasks: int, ranks: int, facts: Facts) -> None:
     found = {name: timing.summarize(times) for name, times in seconds.items()}
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, MEASURED)
+        writer = csv.DictWriter(file, [*MEASURED, *facts], lineterminator="\n")
         writer.writeheader()
         for name, one in found.items():
             row = {
@@ -188,14 +156,14 @@ def write(path: Path, seconds: dict[str, list[float]], tasks: int, ranks: int) -
             if name.startswith("ours"):
                 floor = found["K backwards"].median + found[name.replace("ours", "bytes")].median
                 row |= {"ratio": f"{one.median / floor:.3f}", "note": f"over K backwards and bytes; budget {BUDGET}"}
-            writer.writerow(row)
+            writer.writerow(row | facts)
 
 
-def measure(tasks: int, ranks: int, repeats: int, path: Path) -> None:
-    """Runs the ranks on this machine."""
+def measure(tasks: int, ranks: int, repeats: int, path: Path, facts: Facts) -> None:
+    """Runs the ranks on this machine, a thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        spawn(rank, (ranks, os.path.join(folder, "store"), tasks, repeats, str(path)), ranks)
+        spawn(rank, (ranks, os.path.join(folder, "store"), tasks, repeats, str(path), facts | {"threads": 1}), ranks)
 
 
 def show(title: str, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -215,20 +183,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parameters", type=float, nargs="+", default=[1e8, 1e9, 1e10, 1e11])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512, 4096])
     parser.add_argument("--bytes", type=int, default=4, help="of an element of a gradient")
-    parser.add_argument("--document", type=Path, help="a Markdown file whose table is renewed")
     parser.add_argument("--measure", action="store_true", help="take steps on two ranks of this machine")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="a folder for a CSV file")
+    parser.add_argument("--quick", action="store_true", help=f"{BRIEF_REPEATS} repeats: a look, not a measurement")
+    parser.add_argument("--repeats", type=int, help=f"(default: {REPEATS}; with --quick {BRIEF_REPEATS})")
+    parser.add_argument("--output", type=Path, help="folder of the CSV (--measure: benchmarks/results)")
     parser.add_argument("--machine", help="the name of this machine in file names")
     given = parser.parse_args(arguments)
-    if given.document is not None:
-        renew(given.document)
-        return 0
     if given.measure:
-        folder = given.output or Path(tempfile.mkdtemp())
+        folder = given.output or Path(__file__).resolve().parent / "results"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{results.environment(given.machine)['machine']}-scaling.csv"
-        measure(given.tasks[0] if len(given.tasks) == 1 else 8, 2, given.repeats, path)
+        facts = results.environment(given.machine, quick=given.quick)
+        path = folder / f"{facts['machine']}-scaling.csv"
+        repeats = given.repeats or (BRIEF_REPEATS if given.quick else REPEATS)
+        measure(given.tasks[0] if len(given.tasks) == 1 else 8, 2, repeats, path, facts)
         with path.open() as file:
             show("two ranks over gloo", list(csv.DictReader(file)), MEASURED)
         return 0

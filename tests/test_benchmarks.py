@@ -14,7 +14,7 @@ from mtl_optim import MGDA, Method, PCGrad
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import checks, kernels, networks, passes, peers, plots, provenance, results, scaling, steps
+from benchmarks import checks, kernels, networks, passes, peers, plots, provenance, results, steps
 from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
 from benchmarks.results import OURS, Row, cells, compare, judge
 from benchmarks.timing import Effort, measure, summarize
@@ -354,14 +354,3 @@ def test_the_step_workload_combines_what_it_times(method: Method) -> None:
     workload = steps.Workload(2, method)
     assert workload.error() < 1e-5
     assert len(workload.backwards()) == 2 and len(workload.combination) == 1
-
-
-def test_the_table_of_large_models_is_up_to_date(tmp_path: Path) -> None:
-    page = Path(__file__).parents[1] / "docs" / "scaling.md"
-    assert scaling.document() in page.read_text(), "run python benchmarks/scaling.py --document docs/scaling.md"
-    (tmp_path / "page.md").write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
-    scaling.renew(tmp_path / "page.md")
-    lines = (tmp_path / "page.md").read_text().splitlines()
-    assert (lines[0], lines[-1]) == ("before", "after") and "old" not in lines and len(lines) == 12
-    with pytest.raises(ValueError, match="has no lines"):
-        scaling.renew(Path(__file__))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from ..documents.markdown import short
+from ..documents.source import Rows
 from .jobs import PLAIN, SINGLE, TUNED
 
-Rows = Sequence[dict[str, str]]
 HEAD = ("workload", "K", "method", "forward", "passes", "combination", "of passes", "gram", "solve", "combine",
         "Python", "optimizer", "peak, MB")  # fmt: skip
 BUDGET = 0.05
@@ -51,7 +52,7 @@ def cost_rows(runs: Rows) -> tuple[list[list[str]], list[tuple[str, str, float, 
             over.append((workload, method, share, None if python is None else max(0.0, python) / combination))
         numbers = [value(rows, "forward_ms"), passes, combination]
         after = [*kernels, python, value(rows, "optimizer_ms"), value(rows, "peak_mb")]
-        cells.append([workload, rows[0]["K"], method, *map(_cell, numbers), f"{100 * share:.1f} %", *map(_cell, after)])
+        cells.append([workload, rows[0]["K"], method, *map(short, numbers), f"{100 * share:.1f} %", *map(short, after)])
     return cells, over
 
 
@@ -98,7 +99,7 @@ def peer_rows(runs: Rows) -> tuple[list[str], list[list[str]]]:
 
 def _step(rows: Rows) -> str:
     time, memory = step_ms(rows), value(rows, "peak_mb")
-    return "" if time is None else _cell(time) + ("" if memory is None else f" ({memory:.0f})")
+    return "" if time is None else short(time) + ("" if memory is None else f" ({memory:.0f})")
 
 
 def _agreement(rows: Rows) -> str:
@@ -106,7 +107,3 @@ def _agreement(rows: Rows) -> str:
     if apart is not None and longer is not None:
         return f"{apart:.0e}, {longer:.2f}"
     return next((row["note"] for row in rows if row.get("note")), "")
-
-
-def _cell(number: float | None) -> str:
-    return "" if number is None else f"{number:.3g}" if abs(number) < 100 else f"{number:.0f}"

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
+from ..documents.markdown import table
+from ..documents.source import Rows, distinct, read_table, setting
 from . import scores
 from .costs import HEAD as COST_HEAD
 from .costs import cost_rows, peer_rows, value, where_time_goes
 from .jobs import PLAIN, SINGLE
 from .pictures import LADDER
-from .record import TABLES, read_table
+from .record import TABLES
 from .scores import SUM, Scores
 from .verdict import lines as verdict
 
-Rows = Sequence[dict[str, str]]
-
 
 def write(folder: Path, machine: str, page: Path) -> Path:
-    """Writes the page from the tables ``MACHINE-*.csv`` of a folder, whose pictures it shows."""
+    """Writes the page."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text(folder, machine, page), encoding="utf-8")
+    return page
+
+
+def text(folder: Path, machine: str, page: Path) -> str:
+    """The page from the tables ``MACHINE-train*.csv`` of a folder, whose pictures it shows."""
     every, curves, _ = (read_table(folder / f"{machine}-{table}.csv") for table in TABLES)
     runs = [row for row in every if row["K"]]
     found = scores.read(curves)
@@ -49,31 +55,13 @@ def write(folder: Path, machine: str, page: Path) -> Path:
         *picture("cosines", "Cosines between tasks"),
         *_left_out([row for row in every if not row["K"]]),
     ]
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
-    return page
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table of Markdown, with an empty line behind it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
-
-
-def _distinct(rows: Rows, column: str) -> list[str]:
-    return list(dict.fromkeys(row[column] for row in rows if row.get(column)))
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _setting(runs: Rows) -> str:
     """Machine, versions, and what was run."""
-    said = {name: ", ".join(_distinct(runs, name)) for name in ("cpu", "threads", "instruction_set", "torch",
-            "mtl_kernels", "commit")}  # fmt: skip
-    days = sorted({row["date"][:10] for row in runs if row.get("date")})
-    span = days[0] if days[:1] == days[-1:] else f"{days[0]} to {days[-1]}"
-    seeds = len(_distinct(runs, "seed"))
     return (
-        f"Machine: {said['cpu']}, {said['threads']} thread(s), {said['instruction_set']}; torch {said['torch']}, "
-        f"mtl-kernels {said['mtl_kernels']}, commit {said['commit']}, {span}. {len(runs):,} trainings, {seeds} seeds.\n"
+        f"Machine: {setting(runs)} {len(runs):,} trainings, {len(distinct(runs, 'seed'))} seeds.\n"
         "This page is written by `benchmarks/train.py` from `benchmarks/results/*-train*.csv`:\n\n"
         "    python benchmarks/train.py --quick --peers     # trains, draws and writes\n"
         "    python benchmarks/train.py --report-only       # from the tables that are there\n\n"
@@ -87,7 +75,7 @@ def _setting(runs: Rows) -> str:
 
 def _workloads(runs: Rows) -> list[str]:
     rows = []
-    for name in _distinct(runs, "workload"):
+    for name in distinct(runs, "workload"):
         own = [row for row in runs if row["workload"] == name]
         row = next((row for row in own if row.get("shared")), own[0])
         cells = (f"{int(row[column]):,}" if row.get(column) else "" for column in ("parameters", "shared"))

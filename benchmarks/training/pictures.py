@@ -10,9 +10,10 @@ from typing import Any
 
 import matplotlib
 
+from ..documents.source import read_table
 from . import scores
 from .jobs import PLAIN, SINGLE
-from .record import TABLES, read_table
+from .record import TABLES
 from .scores import SUM, Scores
 
 matplotlib.use("Agg")

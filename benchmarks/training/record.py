@@ -85,12 +85,6 @@ def write_tables(
     return paths
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _of(job: Job) -> dict[str, Any]:
     return {"workload": job.workload, "method": job.method, "part": job.part, "seed": job.seed, "steps": job.steps}
 
