@@ -75,8 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written: list[Path] = []
     try:
         if not options.report_only:
-            records, left_out = train(plan(options), options, console)
-            written += write_tables(records, left_out, options.output, machine)
+            jobs, left_out = plan(options)
+            records, failed = train(jobs, options, console)
+            written += write_tables(records, [*left_out, *failed], options.output, machine)
         written += pictures.draw(options.output, machine)
         written.append(evidence.write(options.output, machine, options.docs))
     except DataMissingError as error:

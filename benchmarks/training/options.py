@@ -32,6 +32,8 @@ PEERS = ("pcgrad", "mgda", "cagrad", "upgrad")
 """Whose counterparts are trained with ``--peers``."""
 BESIDE_STEPS = 25
 """Of plain steps and peers that ``--peers`` adds: for what they cost, and whether they agree."""
+QUICK_TASKS = {"libmtl/mgda": 8}
+"""Peers whose steps take so long beyond so many tasks that a quick grid is without them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +131,8 @@ def _check(method: str) -> None:
             recipe(Job("", method, 0, 1, 1), [str(k) for k in range(8)])
 
 
-def plan(options: Options) -> list[Job]:
-    """All trainings, workload by workload, methods in turn.
+def plan(options: Options) -> tuple[list[Job], list[tuple[Job, str]]]:
+    """All trainings, workload by workload, methods in turn; and what a quick grid leaves out, with the reason.
 
     Raises:
         DataMissingError: the data of a workload that was asked for is not here.
@@ -139,7 +141,8 @@ def plan(options: Options) -> list[Job]:
     if options.peers:
         ours = [name for name in PEERS if name in options.methods]
         beside = [name for name in (PLAIN, *peers.available(ours)) if name not in options.methods]
-    jobs = []
+    jobs: list[Job] = []
+    left_out: list[tuple[Job, str]] = []
     for name in options.workloads:
         workload = registry.build(name, 0)
         steps = options.steps or (workload.quick_steps if options.quick else workload.steps)
@@ -154,5 +157,14 @@ def plan(options: Options) -> list[Job]:
                     parts = [str(number) for number in range(options.draws)]
                 jobs += [Job(name, method, seed, steps, min(options.rounds, steps), part) for part in parts]
             if seed == 0 or not options.quick:
-                jobs += [Job(name, method, seed, min(steps, BESIDE_STEPS), 1) for method in beside]
-    return jobs
+                others = [Job(name, method, seed, min(steps, BESIDE_STEPS), 1) for method in beside]
+                reasons = {job: _too_long(job, len(workload.tasks)) if options.quick else "" for job in others}
+                jobs += [job for job, reason in reasons.items() if not reason]
+                left_out += [(job, reason) for job, reason in reasons.items() if reason]
+    return jobs, left_out
+
+
+def _too_long(job: Job, num_tasks: int) -> str:
+    """Why a quick grid is without a peer; empty where it has it."""
+    most = QUICK_TASKS.get(job.method, num_tasks)
+    return f"more than {most} tasks take it too long for --quick" if num_tasks > most else ""

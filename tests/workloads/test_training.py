@@ -93,12 +93,25 @@ def test_specs_of_methods() -> None:
 
 
 def test_the_plan() -> None:
-    found = plan(parse(["--quick", "--workloads", "mixed", "physics", LADDER[0], "--seeds", "1", "--draws", "2"]))
+    arguments = ["--quick", "--workloads", "mixed", "physics", LADDER[0], "--seeds", "1", "--draws", "2"]
+    found, left_out = plan(parse(arguments))
+    assert not left_out
     by = {name: [(job.method, job.part) for job in found if job.workload == name] for name in ("mixed", "physics")}
     assert by["mixed"][:2] == [("single", "progression"), ("single", "sex")]
     assert ("tuned", "1") in by["mixed"] and not any(method == "single" for method, _ in by["physics"])
     assert {job.method for job in found if job.workload == LADDER[0]} == {"sum", "pcgrad", "mgda", "upgrad"}
     assert len({job.file for job in found}) == len(found)
+
+
+def test_a_quick_grid_says_which_peers_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "available", lambda methods: ["libmtl/pcgrad", "libmtl/mgda"])
+    arguments = ["--peers", "--workloads", "attributes-8", "attributes-20", "--methods", "mgda", "pcgrad"]
+    jobs, left_out = plan(parse(["--quick", *arguments]))
+    assert [(job.workload, job.method) for job, _ in left_out] == [("attributes-20", "libmtl/mgda")]
+    assert "more than 8 tasks" in left_out[0][1] and left_out[0][0] not in jobs
+    there = {job.method for job in jobs if job.workload == "attributes-20"}
+    assert there == {"mgda", "pcgrad", "plain", "libmtl/pcgrad"}
+    assert not plan(parse(arguments))[1]
 
 
 @pytest.mark.parametrize(
