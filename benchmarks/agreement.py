@@ -1,8 +1,8 @@
 """How far each method is from an independent oracle, over generated cases.
 
-    python -m benchmarks.agreement [METHOD ...] [--cases 10000] [--out FILE.csv]
+    python -m benchmarks.agreement [METHOD ...] [--quick] [--cases 10000] [--out FOLDER]
 
-Ends with 1 if any deviation is over its tolerance.
+Writes MACHINE-agreement.csv into a folder where one is given. Ends with 1 if any deviation is over its tolerance.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from . import results
 from .oracles import Agreement, agreements
 
 COLUMNS = ("method", "oracle", "cases", "median", "largest", "tolerance")
 SEED = 20260101
+CASES, FEW_CASES = 10000, 200
+"""Of each oracle, and in a quick look."""
 
 
 def run(agreement: Agreement, cases: int, seeds: Iterable[int] | None = None) -> dict[str, object]:
@@ -45,8 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("methods", nargs="*", help="all of them by default")
-    parser.add_argument("--cases", type=int, default=10000, help="of each oracle")
-    parser.add_argument("--out", type=Path, help="a CSV file for the table")
+    parser.add_argument("--quick", action="store_true", help="few cases: a look, not a proof")
+    parser.add_argument("--cases", type=int, help=f"of each oracle (default: {CASES}; with --quick {FEW_CASES})")
+    parser.add_argument("--out", type=Path, help="a folder for the CSV")
+    parser.add_argument("--machine", help="how the file is named")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     known = agreements()
@@ -55,18 +60,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"no oracle for {', '.join(sorted(missing))}; there are {', '.join(sorted({one.method for one in known}))}"
         )
+    cases = options.cases or (FEW_CASES if options.quick else CASES)
     console = Console()
-    found = [run(one, options.cases) for one in track(wanted, "agreeing", console=console, transient=True)]
+    found = [run(one, cases) for one in track(wanted, "agreeing", console=console, transient=True)]
     table = Table(*COLUMNS)
     for row in found:
         cells = [f"{row[name]:.1e}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS]
         table.add_row(*cells)
     console.print(table)
     if options.out is not None:
-        with open(options.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        facts = results.environment(options.machine, quick=options.quick)
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (options.out / f"{facts['machine']}-agreement.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, *facts], extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-            writer.writerows(found)
+            writer.writerows(row | facts for row in found)
     # Not below or at its tolerance, so that nan fails too.
     failed = [row for row in found if not float(str(row["largest"])) <= float(str(row["tolerance"]))]
     for row in failed:

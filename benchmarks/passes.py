@@ -54,6 +54,9 @@ LIMIT = 1e-4
 """Of the error of an exact gradient."""
 WARM_UP, BRIEF_WARM_UP = 60, 10
 """The most steps of training before anything is measured, and those of a quick look."""
+TASKS, FEW_TASKS = (3, 8, 40), (3, 8)
+QUICK_NETWORKS = ("convolutional", "perceptron, 32", "encoder, 8 x 16", "recommender")
+"""A quick look leaves out those whose steps take longest, and the most tasks."""
 COLUMNS = (
     "network", "K", "mode", "median_ms", "p20_ms", "p80_ms", "ratio_to_K_backwards", "peak_mb", "gram_error",
     "weights_error", "gradient_error", "cosine", "flips", "turned_degrees", "factored", "passes", "note",
@@ -383,12 +386,14 @@ def _short(row: Cells) -> Cells:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tasks", type=int, nargs="+", default=[3, 8, 40], help="numbers of tasks (default: 3 8 40)")
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), metavar="NETWORK",
-                        help=f"of {'; '.join(NETWORKS)} (default: all)")  # fmt: skip
+    parser.add_argument("--tasks", type=int, nargs="+",
+                        help="numbers of tasks (default: 3 8 40; with --quick 3 8)")  # fmt: skip
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), metavar="NETWORK",
+                        help=f"of {'; '.join(NETWORKS)} (default: all; with --quick "
+                        f"{'; '.join(QUICK_NETWORKS)})")  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=list(MODES), metavar="MODE",
                         help=f"of {'; '.join(MODES)} (default: all)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="few repeats, little training: a look, not a measurement")
+    parser.add_argument("--quick", action="store_true", help="few cases and short repeats: a look, not a measurement")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
     parser.add_argument("--machine", help="name of the files (default: from the processor's name)")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
@@ -396,6 +401,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="no peak memory")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing that would take longer")
     options = parser.parse_args(arguments)
+    options.tasks = options.tasks or list(FEW_TASKS if options.quick else TASKS)
+    options.networks = options.networks or list(QUICK_NETWORKS if options.quick else NETWORKS)
     if min(options.tasks) < 2 or max(options.tasks) > mtl_kernels.MAX_TASKS:
         parser.error(f"expected --tasks from 2 to {mtl_kernels.MAX_TASKS}")
     if options.threads < 1:

@@ -59,8 +59,8 @@ def plan(kernels: Sequence[str], max_bytes: int, quick: bool) -> Iterator[Case]:
                 columns = sizes(num_tasks, 4, max_bytes)
                 for n in columns[1:4:2] if quick else columns:
                     yield Case(kernel, num_tasks, n, torch.float32)
-                if not quick and num_tasks in (2, 8, 16, 64):
-                    for n in (10_000, sizes(num_tasks, 2, max_bytes)[-1]):
+                if num_tasks in (2, 8, 16, 64):
+                    for n in [*([] if quick else [10_000]), *sizes(num_tasks, 2, max_bytes)[-1:]]:
                         yield Case(kernel, num_tasks, n, torch.bfloat16)
             elif kernel in ("pcgrad", "min_norm"):
                 yield Case(kernel, num_tasks, 0, torch.float64)

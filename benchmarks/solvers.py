@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from benchmarks.results import OURS, format_time
 from mtl_optim import Method, get_method, list_methods
 from mtl_optim.methods.wrappers import Wrapper
 
-TASKS = (2, 8, 40, 128)
+TASKS, FEW_TASKS = (2, 8, 40, 128), (2, 8, 40)
+"""Numbers of tasks, and those of a quick look."""
 BATCHES = (1, 64)
 BUDGETS = {8: 200.0, 40: 5000.0}
 """Microseconds a problem that any method may take; those of two methods are tighter."""
@@ -54,11 +55,11 @@ def draw_rows(num_tasks: int, generator: torch.Generator) -> Tensor:
     return rows / rows.norm(dim=1).max()
 
 
-def cases(wanted: list[str]) -> Iterator[tuple[str, int]]:
+def cases(wanted: list[str], tasks: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Every method with a solve, and every K."""
     for info in list_methods():
         if (not wanted or info.name in wanted) and "rows" not in info.needs:
-            yield from ((info.name, num_tasks) for num_tasks in TASKS)
+            yield from ((info.name, num_tasks) for num_tasks in tasks)
 
 
 def make(name: str, num_tasks: int) -> Method | str:
@@ -148,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 1 where one of ours failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("methods", nargs="*", help="all with a solve by default")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--quick", action="store_true", help="few tasks and repeats: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--machine", help="how the files are named")
     options = parser.parse_args(arguments)
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Cells] = []
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{facts['machine']}-solvers.csv"
-    for name, num_tasks in cases(options.methods):
+    for name, num_tasks in cases(options.methods, FEW_TASKS if options.quick else TASKS):
         for row in measure(name, num_tasks, timing.QUICK if options.quick else timing.FULL):
             rows.append(row)
             time = format_time(row["median_us"]) if "median_us" in row else row["note"]

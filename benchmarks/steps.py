@@ -38,6 +38,8 @@ from mtl_kernels import dispatch
 from mtl_optim import MGDA, PCGrad
 
 BUDGET = 1.05
+TASKS, FEW_TASKS = (3, 8, 40), (3, 8)
+"""Numbers of tasks, and those of a quick look."""
 LIMIT = 1e-5
 COLUMNS = ("method", "provider", "K", "median_ms", "p20_ms", "p80_ms", "combine_ms", "ratio_to_K_backwards",
            "within_budget", "launches", "copies", "syncs", "correct", "backend", "note")  # fmt: skip
@@ -171,12 +173,14 @@ def failure(piece: Piece, why: str) -> Cells:
 def main(given: list[str] | None = None, work: isolate.Work = work) -> int:
     """Measures every workload and writes the CSV; 1 with a fault."""
     parser = argparse.ArgumentParser(description="What combining gradients adds to a training step.")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[3, 8, 40], help="numbers of tasks (default: 3 8 40)")
+    parser.add_argument("--tasks", type=int, nargs="+",
+                        help="numbers of tasks (default: 3 8 40; with --quick 3 8)")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
     parser.add_argument("--machine", default=None, help="name of the file (default: from the processor's name)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
-    parser.add_argument("--quick", action="store_true", help="few repeats: a look, not a measurement")
+    parser.add_argument("--quick", action="store_true", help="few tasks and repeats: a look, not a measurement")
     arguments = parser.parse_args(given)
+    arguments.tasks = arguments.tasks or list(FEW_TASKS if arguments.quick else TASKS)
     report, on_gpu, stopped = Report(arguments.output), arguments.device == "cuda", ""
     try:
         if on_gpu:

@@ -1,5 +1,8 @@
 """Every method and its independent oracle, over a few cases each; ``benchmarks.agreement`` takes thousands."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,12 +22,16 @@ def test_agrees(agreement: Agreement) -> None:
 
 
 @pytest.mark.parametrize("deviation", [2.0, float("nan")])
-def test_a_deviation_over_the_tolerance_is_seen(deviation: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deviation_over_the_tolerance_is_seen(
+    deviation: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def deviates(generator: np.random.Generator) -> float:
         return deviation if generator.integers(7) == 0 else 0.0
 
     wrong = Agreement("wrong", "itself", 1.0, deviates)
     monkeypatch.setattr("benchmarks.agreement.agreements", lambda: [wrong])
     threads = torch.get_num_threads()
-    assert main(["wrong", "--cases", "50"]) == 1
+    assert main(["wrong", "--cases", "50", "--quick", "--out", str(tmp_path), "--machine", "here"]) == 1
+    (row,) = csv.DictReader((tmp_path / "here-agreement.csv").open())
+    assert row["cases"] == "50" and row["effort"] == "quick" and row["machine"] == "here" and row["commit"]
     torch.set_num_threads(threads)

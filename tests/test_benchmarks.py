@@ -40,6 +40,7 @@ def test_the_plan_covers_every_kernel_and_number_of_tasks() -> None:
     assert {c.dtype for c in cases if c.kernel == "gram"} == {torch.float32, torch.bfloat16}
     quick = list(plan(["gram"], 40_000_000, quick=True))
     assert {c.kernel for c in quick} == {"gram"} and len(quick) < 10
+    assert {c.dtype for c in quick} == {torch.float32, torch.bfloat16}, "every table of docs/measured.md has rows"
 
 
 @pytest.mark.parametrize(
@@ -298,6 +299,13 @@ def test_an_exact_copy_passes_what_the_network_passes() -> None:
     first = torch.nn.Sequential(*list(network.trunk.children())[:2])(network.inputs)
     copied = torch.nn.Sequential(*list(exact.trunk.children())[:2])(exact.inputs)
     assert ((copied != 0) == (first > 0)).all() and (copied < 0).any()
+
+
+def test_a_quick_look_has_few_cases() -> None:
+    quick, full = passes.parse(["--quick"]), passes.parse([])
+    assert quick.tasks == [3, 8] and full.tasks == [3, 8, 40] and full.networks == list(networks.NETWORKS)
+    assert set(quick.networks) < set(full.networks)
+    assert passes.parse(["--quick", "--tasks", "2", "--networks", SMALL]).networks == [SMALL]
 
 
 @pytest.mark.parametrize("arguments", [["--tasks", "1"], ["--threads", "0"], ["--networks", "x"], ["--modes", "x"]])
