@@ -25,7 +25,7 @@ CUDA := $(if $(filter 0,$(MTL_KERNELS_CUDA)),,$(NVCC))
 KERNELS := CPU$(if $(CUDA), and CUDA for $(or $(MTL_KERNELS_CUDA_ARCHS),the default architectures), alone, no nvcc)
 say = @printf '%-12s %s\n'
 
-# READY has everything. Without a GPU the demo needs less, unless everything is there already.
+# READY has everything. Without a GPU the demo needs less, unless everything is there already; evidence is of the CPU alone.
 ifeq ($(VENV),0)
   PY := $(PYTHON)
   RUN := PYTHONPATH=.:python $(PYTHON)
@@ -39,6 +39,7 @@ else
   FOR_DEMO := $(VENV)/.demo
 endif
 DEMO := $(if $(GPU)$(wildcard $(READY)),$(READY),$(FOR_DEMO))
+EVIDENCE := $(if $(wildcard $(READY)),$(READY),$(FOR_DEMO))
 
 .PHONY: demo test test-all bench evidence gpu lint dist api clean
 
@@ -50,9 +51,18 @@ demo: $(DEMO)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
-# Trains the workloads, peers beside them where they are installed, and renews docs/evidence.md; goes on where it was stopped.
-evidence: $(READY)
+# Everything that docs/ shows measured, in small: five minutes, then trainings (ARGS are theirs), which go on where they were
+# stopped. It replaces the results of a machine of the same name: git has those that were there.
+evidence: $(EVIDENCE)
+	$(say) measuring "kernels, steps, solvers, agreement, then trainings: under 20 minutes on two cores"
+	$(RUN) benchmarks/kernels.py --quick
+	$(RUN) benchmarks/steps.py --quick
+	$(RUN) benchmarks/solvers.py --quick
+	$(RUN) benchmarks/passes.py --quick
+	$(RUN) benchmarks/scaling.py --measure --quick
+	$(RUN) -m benchmarks.agreement --quick --out benchmarks/results
 	OMP_NUM_THREADS=1 $(RUN) benchmarks/train.py --quick --peers $(ARGS)
+	$(RUN) benchmarks/document.py
 
 # With the tests marked as exhaustive.
 test-all: ARGS += -m ""
@@ -83,8 +93,8 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(say) kernels "CPU alone, no GPU is here; and what the demo needs"
-	@MTL_KERNELS_CUDA=0 $(VENV)/bin/python $(PIP) --editable ".[demo]"
+	$(say) kernels "CPU alone; and what the demo and the benchmarks need"
+	@MTL_KERNELS_CUDA=0 $(VENV)/bin/python $(PIP) --editable ".[bench]"
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
@@ -95,7 +105,7 @@ $(VENV)/.ready: $(VENV)/.torch $(SOURCES)
 
 # The native modules are built in place, with the compiler and pybind11 that are there.
 build/.demo-external: $(SOURCES)
-	$(say) kernels "CPU alone, no GPU is here"
+	$(say) kernels "CPU alone"
 	@MTL_KERNELS_CUDA=0 $(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch $@
 
