@@ -27,8 +27,8 @@ ITEMSIZES = tuple(dtype.itemsize for dtype in DTYPE_CODES)
 Row = Sequence[Tensor | None]
 
 _PLAIN = (Tensor,)
-_layout, _requires_grad, _is_nested, _dtype, _device = map(
-    attrgetter, ("layout", "requires_grad", "is_nested", "dtype", "device")
+_layout, _requires_grad, _is_nested, _dtype, _device, _shape = map(
+    attrgetter, ("layout", "requires_grad", "is_nested", "dtype", "device", "shape")
 )
 
 
@@ -65,24 +65,31 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _plain_and_alike(rows: Sequence[Row], columns: Sequence[Sequence[Tensor | None]], captured: bool) -> bool:
+def _plain_and_alike(rows: Sequence[Row], captured: bool) -> bool:
     """Whether `RowTable._column` would leave every tensor as it is: what is nearly always so, looked at quickly."""
     flat = [tensor for row in rows for tensor in row if tensor is not None]
+    everywhere = len(flat) == len(rows) * len(rows[0])
     if not captured and not (
         set(map(type, flat)) == {Tensor}
         and set(map(_layout, flat)) == {torch.strided}
         and not any(map(_is_nested, flat))
         and not any(map(_requires_grad, flat))
         and len(set(map(_device, flat))) == 1
-        and all(len({tensor.shape for tensor in column if tensor is not None}) <= 1 for column in columns)
+        and _alike(rows, _shape, everywhere)
     ):
         return False
     if any(map(Tensor.is_neg, flat)) or not all(map(Tensor.is_contiguous, flat)):
         return False
     dtypes = set(map(_dtype, flat))
-    if len(dtypes) > 1 and any(len({t.dtype for t in column if t is not None}) > 1 for column in columns):
-        return False
-    return dtypes <= DTYPE_CODES.keys()
+    return dtypes <= DTYPE_CODES.keys() and (len(dtypes) <= 1 or _alike(rows, _dtype, everywhere))
+
+
+def _alike(rows: Sequence[Row], what: Callable[[Tensor], object], everywhere: bool) -> bool:
+    """Whether all tensors of a parameter have the same of something; ``everywhere``: no entry is None."""
+    if everywhere:
+        first = list(map(what, rows[0]))  # type: ignore[arg-type]
+        return all([list(map(what, row)) == first for row in rows[1:]])  # type: ignore[arg-type]
+    return all(len({what(t) for t in column if t is not None}) <= 1 for column in zip(*rows, strict=True))
 
 
 class Part(NamedTuple):
@@ -208,19 +215,22 @@ class RowTable:
                     "a parameter that a task does not reach"
                 )
         self.num_tasks, self.num_params = len(rows), len(rows[0])
-        columns: list[Sequence[Tensor | None]] = list(zip(*rows, strict=True))
-        if not _plain_and_alike(rows, columns, captured):
-            columns = [self._column(list(column), p) for p, column in enumerate(columns)]
-        self._entries = [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
-        self.like = [next((t for t in column if t is not None), None) for column in columns]
+        self._entries = [list(row) for row in rows]
+        if not _plain_and_alike(rows, captured):
+            alike = [self._column(list(column), p) for p, column in enumerate(zip(*rows, strict=True))]
+            self._entries = [list(row) for row in zip(*alike, strict=True)] if alike else [[] for _ in rows]
+        self.like = self._entries[0]
+        if any([tensor is None for tensor in self.like]):
+            columns = zip(*self._entries, strict=True)
+            self.like = [next((t for t in column if t is not None), None) for column in columns]
         first = next((tensor for tensor in self.like if tensor is not None), None)
         self.device = first.device if first is not None else torch.device("cpu")
-        for p, tensor in enumerate(self.like):
-            if tensor is not None and tensor.device != self.device:
-                raise ValueError(
-                    f"parameter {p} is on {tensor.device}, others on {self.device}; move all rows to one "
-                    "device, or combine each device's parameters on their own"
-                )
+        if any([tensor is not None and tensor.device != self.device for tensor in self.like]):
+            p, other = next((p, t.device) for p, t in enumerate(self.like) if t is not None and t.device != self.device)
+            raise ValueError(
+                f"parameter {p} is on {other}, others on {self.device}; move all rows to one "
+                "device, or combine each device's parameters on their own"
+            )
 
     def _column(self, column: list[Tensor | None], p: int) -> list[Tensor | None]:
         """The K entries of parameter p, checked and laid out alike."""

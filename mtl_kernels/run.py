@@ -89,13 +89,15 @@ def _in_place(target: Tensor | None, like: Tensor | None) -> Tensor | None:
 
 def _finish_out(targets: Sequence[Tensor | None], written: Sequence[Tensor | None]) -> None:
     """Copies what was written elsewhere, and tells autograd about memory that changed behind its back."""
+    in_place = []
     for target, result in zip(targets, written, strict=True):
         if target is None or result is None:
             continue
         if target is not result and target.data_ptr() != result.data_ptr():
             target.detach().copy_(result)
         elif not target.is_inference():
-            torch.autograd.graph.increment_version(target)
+            in_place.append(target)
+    torch.autograd.graph.increment_version(in_place)
 
 
 def _elsewhere(like: Tensor, target: Tensor, accumulate: bool) -> Tensor:

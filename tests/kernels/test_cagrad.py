@@ -216,8 +216,10 @@ def test_inactive_tasks_take_no_part(rows, c, backend, bits):
     gram[torch.as_tensor(~active), :] = torch.nan
     masked = mk.cagrad_weights(gram, c=c, scale="sum", active=torch.as_tensor(active), backend=backend)
     assert not masked.weights[torch.as_tensor(~active)].any()
-    np.testing.assert_array_equal(host(masked.weights)[active], host(alone.weights))
-    assert masked.gap == alone.gap
+    # The reference sums over all tasks, zeros included, in an order that torch chooses by their number.
+    rounding = 8 * np.finfo(float).eps if backend == "reference" else 0.0
+    np.testing.assert_allclose(host(masked.weights)[active], host(alone.weights), rtol=rounding)
+    assert abs(masked.gap - alone.gap) <= rounding * float(gram_of(rows).abs().max())
 
 
 def test_no_active_task(backend):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from .grads import Row, RowKey, is_plain, memory_of, put_grads, take_grads
 
+_requires_grad = attrgetter("requires_grad")
 _ByStorage = dict[int, list[Tensor]]
 """Tensors by the address of their storage: only those in one storage can overlap."""
 
@@ -51,7 +53,38 @@ class Harvest:
             RuntimeError: a gradient lies where an earlier one did.
         """
         row = take_grads(params)
-        mine, staying = _ByStorage(), _by_storage(other.grad for other in others)
+        staying = _by_storage(other.grad for other in others)
+        mine = self._each_by_itself(row, staying) if previous is None else None
+        if mine is None:
+            mine = self._made_separate(row, params, previous, staying)
+        for key in self._taken.keys() & mine.keys():
+            mine[key] = self._taken[key] + mine[key]
+        self._taken.update(mine)
+        self._versions[self._task] = _versions(row)
+        return row
+
+    def _each_by_itself(self, row: Row, staying: _ByStorage) -> _ByStorage | None:
+        """The tensors of a row that has nothing to be done about: what is nearly always so, looked at quickly."""
+        grads = [grad for grad in row if grad is not None]
+        if not all([type(grad) is Tensor and grad.layout is torch.strided for grad in grads]):
+            return None
+        storages = list(map(Tensor.untyped_storage, grads))
+        mine = {storage.data_ptr(): [grad] for storage, grad in zip(storages, grads, strict=True)}
+        if (
+            len(mine) < len(grads)
+            or 0 in mine
+            or any(map(_requires_grad, grads))
+            or [grad.nbytes for grad in grads] != [storage.nbytes() for storage in storages]
+            or any(not mine.keys().isdisjoint(known) for known in (self._taken, self._visible, staying))
+        ):
+            return None
+        return mine
+
+    def _made_separate(
+        self, row: Row, params: Sequence[Tensor], previous: Row | None, staying: _ByStorage
+    ) -> _ByStorage:
+        """Makes the tensors of a row dense and apart from each other, in the row; see `take`."""
+        mine = _ByStorage()
         spoiled: tuple[int, str] | None = None
         for p, grad in enumerate(row):
             before = None if previous is None else previous[p]
@@ -89,11 +122,7 @@ class Harvest:
             mine.setdefault(key, []).append(grad)
         if spoiled is not None:
             raise _overwritten(*spoiled, params)
-        for key in self._taken.keys() & mine.keys():
-            mine[key] = self._taken[key] + mine[key]
-        self._taken.update(mine)
-        self._versions[self._task] = _versions(row)
-        return row
+        return mine
 
     def check(self, rows: Mapping[RowKey, Row]) -> None:
         """Raise RuntimeError if a row was changed in place since it was taken.

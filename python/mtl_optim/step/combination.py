@@ -42,15 +42,39 @@ class Combined:
         return any(k is None and grad is not None for k, grad in zip(self.owner, self.grads, strict=True))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Roles:
+    """What becomes of each parameter, by which tasks reach it.
+
+    Attributes:
+        reached_by: per parameter the tasks (indices) that reach it.
+        shared: the parameters that are combined with the weights they are counted in.
+        rest: those that are combined with weights of others. owner: see `Combined`.
+        groups: the problem of each of ``shared``. problems: see `Report`.
+        pattern: ``[S][K]``, whether a task reaches any shared parameter of a problem.
+        places: of ``shared``, see `Parameters`.
+    """
+
+    reached_by: list[list[int]]
+    shared: list[int]
+    rest: list[int]
+    owner: list[int | None]
+    groups: list[int]
+    problems: tuple[int, ...]
+    pattern: tuple[tuple[bool, ...], ...]
+    places: list[int]
+
+
 class Combiner:
     """Combines rows with a method; see `MultiTaskOptimizer` for the options."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._masks: dict[tuple[tuple[bool, ...], ...], Tensor] = {}
+        self._masks: dict[tuple[tuple[tuple[bool, ...], ...], bool], Tensor] = {}
         self._in_graph = False  # a captured graph goes on reading the masks it was captured with
         self._heads = WeakIdKeyDictionary()
         self._not_heads = set(map(id, learned_parameters(options.transform)))
+        self._last: tuple[Parameters, list[list[bool]], Roles] | None = None
 
     def __call__(
         self,
@@ -76,18 +100,12 @@ class Combiner:
 
         def table_of(rows: Sequence[Row], places: Sequence[int]) -> RowTable:
             part = None if total is None else Part(total, [counted[p] for p in places])
-            return RowTable([[as_real(row[p]) for p in places] for row in rows], captured=True, part=part)
+            return _table(rows, places, has_complex, part)
 
+        has_complex = any(map(torch.is_complex, parameters.managed))
         options, method = self._options, self._options.method.bound_to(tasks)
-        group_of = parameters.group_of
-        reached_by = [[k for k, row in enumerate(rows) if row[p] is not None] for p in range(len(group_of))]
-        shared = self._shared(tasks, reached_by, parameters.managed) if method.weighs_alone else None
-        if shared is None:
-            shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
-        rest = [p for p, inside in enumerate(parameters.in_gram) if not inside and reached_by[p]]
-        shared = [p for p in shared if parameters.in_gram[p]]
-        together = {*shared, *rest}
-        owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
+        roles = self._roles(tasks, rows, parameters, method.weighs_alone)
+        shared, rest, owner = roles.shared, roles.rest, roles.owner
         if method.needs_heads and shared:
             method = method.with_heads(self._head_norms(tasks, rows, owner, parameters.managed, table_of))
         grads: Row = [None if k is None else rows[k][p] for p, k in enumerate(owner)]
@@ -100,35 +118,57 @@ class Combiner:
                 )
             _weigh_rest(grads, rows, rest, report)
             return Combined(grads, owner, report)
-        groups, problems = self._problems(shared, group_of)
-        pattern = _pattern(shared, groups, reached_by, len(tasks))
-        batches = (*earlier, rows)
-        tables = [table_of(batch, shared) for batch in batches]
+        tables = [table_of(batch, shared) for batch in (*earlier, rows)]
         table = tables[-1]
-        kernel_groups = None if options.granularity == "model" else groups
-        mask = self._mask(pattern, table.device)
-        active = mask[0] if options.granularity == "model" else mask
-        everyone = all(map(all, pattern))
+        active = self._mask(roles.pattern, table.device, options.granularity == "model")
+        everyone = all(map(all, roles.pattern))
         found = method.combine(
             tables,
-            groups=kernel_groups,
+            groups=None if options.granularity == "model" else roles.groups,
             losses=losses,
             active=None if everyone else active,
             out=table.like,
-            places=[parameters.places[p] for p in shared],
+            places=roles.places,
         )
         for p, grad in zip(shared, found.combined, strict=True):
-            grads[p] = torch.view_as_complex(grad) if parameters.managed[p].is_complex() else grad
+            grads[p] = grad
+        if has_complex:
+            for p in (p for p in shared if parameters.managed[p].is_complex()):
+                grads[p] = torch.view_as_complex(grads[p])  # type: ignore[arg-type]
+        problems = roles.problems
         report = Report(tasks, found.gram, found.weights, active, found.certificate, problems)
         if options.head_scaling == "weights" and found.weights is not None:
             problem_of = {problem: s for s, problem in enumerate(problems)} if options.granularity == "group" else {}
-            _scale_heads(grads, owner, [problem_of.get(g) for g in group_of], found.weights, report)
-        if share and (several := [p for p in rest if len(reached_by[p]) > 1]):
+            _scale_heads(grads, owner, [problem_of.get(g) for g in parameters.group_of], found.weights, report)
+        if share and (several := [p for p in rest if len(roles.reached_by[p]) > 1]):
             others = mtl_kernels.gram(table_of(rows, several))
             partial, present = (found.gram, active) if active.dim() == 1 else (found.gram.sum(0), active.any(0))
             report = dataclasses.replace(report, gram_share=GramShare.of(partial, others, present))
         _weigh_rest(grads, rows, rest, report)
         return Combined(grads, owner, report)
+
+    def _roles(self, tasks: tuple[str, ...], rows: Sequence[Row], parameters: Parameters, weighs_alone: bool) -> Roles:
+        """Those of these rows; most steps have those of the one before."""
+        present = [[grad is not None for grad in row] for row in rows]
+        last = self._last
+        if last is not None and last[0] is parameters and last[1] == present and not weighs_alone:
+            return last[2]
+        managed, in_gram = parameters.managed, parameters.in_gram
+        reached_by = [[k for k, row in enumerate(present) if row[p]] for p in range(len(managed))]
+        shared = self._shared(tasks, reached_by, managed) if weighs_alone else None
+        if shared is None:
+            shared = [p for p, task in enumerate(reached_by) if len(task) > 1]
+        rest = [p for p, inside in enumerate(in_gram) if not inside and reached_by[p]]
+        shared = [p for p in shared if in_gram[p]]
+        together = {*shared, *rest}
+        owner = [task[0] if len(task) == 1 and p not in together else None for p, task in enumerate(reached_by)]
+        groups, problems = self._problems(shared, parameters.group_of)
+        roles = Roles(
+            reached_by, shared, rest, owner, groups, problems, _pattern(shared, groups, reached_by, len(tasks)),
+            [parameters.places[p] for p in shared],
+        )  # fmt: skip
+        self._last = parameters, present, roles
+        return roles
 
     def _shared(
         self, names: tuple[str, ...], reached_by: Sequence[Sequence[int]], params: Sequence[Tensor]
@@ -188,19 +228,24 @@ class Combiner:
     def _nothing_shared(self, tasks: tuple[str, ...], rows: Sequence[Row]) -> Report:
         present = tuple(any(grad is not None for grad in row) for row in rows)
         device = next((grad.device for row in rows for grad in row if grad is not None), torch.device("cpu"))
-        active = self._mask((present,), device)[0]
+        active = self._mask((present,), device, True)
         gram = torch.zeros((len(tasks), len(tasks)), dtype=torch.float64, device=device)
         return Report(tasks, gram, active.double(), active)
 
-    def _mask(self, pattern: tuple[tuple[bool, ...], ...], device: torch.device) -> Tensor:
-        """``pattern`` on the device, copied there once: a copy at every step would make the host wait."""
+    def _mask(self, pattern: tuple[tuple[bool, ...], ...], device: torch.device, alone: bool) -> Tensor:
+        """``pattern`` on the device, copied there once: a copy at every step would make the host wait.
+
+        Args:
+            alone: its first line only.
+        """
         self._in_graph = self._in_graph or capturing()
-        found = self._masks.get(pattern)
+        found = self._masks.get((pattern, alone))
         if found is None or found.device != device:
             refuse_capture("the mask of which task reaches which parameter would be copied to the device")
             if len(self._masks) >= _MASKS_KEPT and not self._in_graph:
                 self._masks.clear()
-            found = self._masks[pattern] = torch.tensor(pattern, dtype=torch.bool, device=device)
+            lines = pattern[0] if alone else pattern
+            found = self._masks[pattern, alone] = torch.tensor(lines, dtype=torch.bool, device=device)
         return found
 
 
@@ -208,11 +253,19 @@ def _pattern(
     shared: Sequence[int], groups: Sequence[int], reached_by: Sequence[Sequence[int]], num_tasks: int
 ) -> tuple[tuple[bool, ...], ...]:
     """[S][K]: whether a task reaches any shared parameter of a problem."""
-    pattern = [[False] * num_tasks for _ in range(max(groups) + 1)]
+    pattern = [[False] * num_tasks for _ in range(max(groups, default=-1) + 1)]
     for p, s in zip(shared, groups, strict=True):
         for k in reached_by[p]:
             pattern[s][k] = True
     return tuple(map(tuple, pattern))
+
+
+def _table(rows: Sequence[Row], places: Sequence[int], has_complex: bool, part: Part | None = None) -> RowTable:
+    """The rows over some parameters, complex ones as pairs of reals."""
+    some = [[row[p] for p in places] for row in rows]
+    if has_complex:
+        some = [[as_real(grad) for grad in row] for row in some]
+    return RowTable(some, captured=True, part=part)
 
 
 def mean_weights(report: Report) -> Tensor:
@@ -227,7 +280,7 @@ def _weigh_rest(grads: Row, rows: Sequence[Row], rest: Sequence[int], report: Re
     """Combines what is not in the Gram matrix, of rows that were captured whole."""
     if not rest:
         return
-    table = RowTable([[as_real(row[p]) for p in rest] for row in rows], captured=True)
+    table = _table(rows, rest, has_complex=True)
     found = mtl_kernels.combine(table, mean_weights(report), out=table.like)
     for p, grad in zip(rest, found, strict=True):
         is_complex = any(one is not None and one.is_complex() for one in (row[p] for row in rows))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from ..capture.grads import same_tensors
+
+_requires_grad, _device = attrgetter("requires_grad"), attrgetter("device")
 
 
 class Parameters(NamedTuple):
@@ -38,6 +43,25 @@ class Parameters(NamedTuple):
     def partial(self) -> bool:
         """Whether some do not count."""
         return not all(self.in_gram)
+
+
+class Selection:
+    """`select_parameters`, done anew only where something has changed since the last time."""
+
+    def __init__(self) -> None:
+        self._last: tuple[list[Any], ...] | None = None
+        self._found = Parameters([], [], [], [], [])
+
+    def __call__(self, groups: Sequence[Mapping[str, Any]]) -> Parameters:
+        """See `select_parameters`; the same object while it would be equal."""
+        params = [param for group in groups for param in group["params"]]
+        kinds = [(len(group["params"]), group.get("mtl", True), group.get("gram", True)) for group in groups]
+        now = kinds, list(map(_requires_grad, params)), list(map(_device, params))
+        if self._last is None or not same_tensors(self._last[0], params) or self._last[1:] != now:
+            self._last = None
+            self._found = select_parameters(groups)
+            self._last = params, *now
+        return self._found
 
 
 def select_parameters(groups: Iterable[Mapping[str, Any]]) -> Parameters:

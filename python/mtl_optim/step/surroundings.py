@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -38,13 +38,13 @@ class Surroundings:
         return [leaf for ref in self._outside if (leaf := ref()) is not None]
 
     def look(
-        self, named: Mapping[str, Tensor], parameters: Parameters, kept: bool, elsewhere: Iterable[Tensor]
+        self, named: Mapping[str, Tensor], parameters: Parameters, kept: bool, elsewhere: Callable[[], Iterable[Tensor]]
     ) -> None:
         """Looks through the graphs of the tasks that are new.
 
         Args:
             kept: whether the gradients of these leaves are left as they are.
-            elsewhere: parameters that other optimizers of this kind combine.
+            elsewhere: gives the parameters that other optimizers of this kind combine.
 
         Raises:
             ValueError: a loss surely reaches no parameter of the optimizer.
@@ -65,7 +65,7 @@ class Surroundings:
         self._seen.update(new)
         self._outside.extend(map(weakref.ref, outside.values()))
         if not kept:
-            self._judge(outside, elsewhere)
+            self._judge(outside, elsewhere())
         if split_compiled_graph(new.values()):
             self.findings["compiled"] = (
                 "the losses use different outputs of one torch.compile graph, through which each task reaches every "

@@ -25,7 +25,7 @@ from .call import Call
 from .lazy import held, hold
 from .losses import check_loss_value, is_stacked, named_losses
 from .names import with_new
-from .parameters import Parameters, select_parameters
+from .parameters import Parameters, Selection
 from .pending import Pending
 from .progress import Progress
 from .settlement import Settlement
@@ -72,6 +72,7 @@ class TrainingStep:
         self.pending = Pending(CAPTURES[options.capture](), self._combine_early)
         self._optimizers, self._ranks = optimizers, ranks
         self._advice = Advice(told)
+        self._selection = Selection()
         self._surroundings = Surroundings()
         self._settlement = Settlement(options, progress, self.pending, self._advice, ranks)
         self.batches = self._settlement.batches
@@ -111,7 +112,8 @@ class TrainingStep:
                 "(with zeros), so that heads count as shared; pass them as a list or dict",
             )
         if not self._ranks.hides:
-            self._surroundings.look(named, parameters, self._settlement.keeps, _combined_elsewhere(self))
+            elsewhere = functools.partial(_combined_elsewhere, self)
+            self._surroundings.look(named, parameters, self._settlement.keeps, elsewhere)
         self._advice.findings(self._surroundings.findings)
         call = Call(named, tasks, parameters, retain_graph, isinstance(losses, Mapping))
         if features is not None and self._ranks.hides:
@@ -300,7 +302,7 @@ class TrainingStep:
 
     def parameters(self) -> Parameters:
         """Those of the param groups, as they are now."""
-        return select_parameters(group for optimizer in self._optimizers for group in optimizer.param_groups)
+        return self._selection([group for optimizer in self._optimizers for group in optimizer.param_groups])
 
     def tasks_with(self, names: Sequence[str] | Mapping[str, Tensor]) -> tuple[str, ...]:
         """The known task names and those of ``names`` that are new."""
