@@ -8,6 +8,8 @@
 #   COMMIT=name             what was measured, where there is no repository to ask
 
 SHELL := /bin/bash
+# Tests start many processes, and torch from source takes twice as long to import.
+unexport PYTHONDONTWRITEBYTECODE
 VENV ?= .venv
 PYTHON ?= python3
 # Without a GPU a pinned version, of which a CPU build is found where there is one.

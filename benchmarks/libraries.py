@@ -74,7 +74,7 @@ def torchjd(method: str, gram: Tensor, rows: Tensor) -> Callable[[], object] | N
 def libmtl(method: str, rows: Tensor) -> Callable[[], object] | None:
     """A call of LibMTL's counterpart on rows; None where there is none, or it is not installed."""
     peer = LIBMTL.get(method)
-    if peer is None or (module := _libmtl_weightings()) is None or not hasattr(module, peer.name):
+    if peer is None or (module := libmtl_weightings()) is None or not hasattr(module, peer.name):
         return None
     num_tasks = len(rows)
 
@@ -98,7 +98,7 @@ def libmtl(method: str, rows: Tensor) -> Callable[[], object] | None:
     return lambda: made.backward(losses, **peer.options)
 
 
-def _libmtl_weightings() -> Any:
+def libmtl_weightings() -> Any:
     """LibMTL's weightings without the models beside them, whose import needs an old torchvision."""
     if "LibMTL" not in sys.modules:
         if (spec := importlib.util.find_spec("LibMTL")) is None:

@@ -9,8 +9,8 @@ from ..documents.markdown import short
 from ..documents.source import Rows
 from .jobs import PLAIN, SINGLE, TUNED
 
-HEAD = ("workload", "K", "method", "forward", "passes", "combination", "of passes", "gram", "solve", "combine",
-        "Python", "optimizer", "peak, MB")  # fmt: skip
+HEAD = ("workload", "K", "method", "forward", "passes", "combination", "optimizer", "peak, MB", "K passes",
+        "`backward`", "more", "gram", "solve", "combine", "Python")  # fmt: skip
 BUDGET = 0.05
 STEP = ("forward_ms", "passes_ms", "combination_ms", "optimizer_ms")
 
@@ -36,40 +36,41 @@ def by_method(runs: Rows) -> dict[tuple[str, str], list[dict[str, str]]]:
 
 
 def cost_rows(runs: Rows) -> tuple[list[list[str]], list[tuple[str, str, float, float | None]]]:
-    """The cells of the table; of those above the budget workload, method, share, and how much of it is Python."""
+    """The cells of the table; of those above the budget workload, method, share, and how much of that is Python."""
     cells, over = [], []
     for (workload, method), rows in by_method(runs).items():
         if method in (SINGLE, TUNED, PLAIN) or "/" in method:
             continue
-        passes, combination = value(rows, "passes_ms"), value(rows, "combination_ms")
-        if passes is None or combination is None:
+        passes, whole = value(rows, "raw_passes_ms"), value(rows, "whole_ms")
+        if passes is None or whole is None:
             continue
         kernels = [value(rows, f"{part}_ms") for part in ("gram", "solve", "combine")]
         there = [kernel for kernel in kernels if kernel is not None]
-        python = combination - sum(there) if len(there) == len(kernels) else None
-        share = combination / passes
+        python = whole - passes - sum(there) if len(there) == len(kernels) else None
+        share = whole / passes - 1
         if share > BUDGET:
-            over.append((workload, method, share, None if python is None else max(0.0, python) / combination))
-        numbers = [value(rows, "forward_ms"), passes, combination]
-        after = [*kernels, python, value(rows, "optimizer_ms"), value(rows, "peak_mb")]
-        cells.append([workload, rows[0]["K"], method, *map(short, numbers), f"{100 * share:.1f} %", *map(short, after)])
+            over.append((workload, method, share, None if python is None else max(0.0, python) / (whole - passes)))
+        step = [value(rows, column) for column in (*STEP, "peak_mb")]
+        numbers = [*map(short, step), short(passes), short(whole), f"{100 * share:.1f} %"]
+        cells.append([workload, rows[0]["K"], method, *numbers, *map(short, [*kernels, python])])
     return cells, over
 
 
 def where_time_goes(over: Sequence[tuple[str, str, float, float | None]], number: int) -> list[str]:
     """Which combinations are above the budget, and what of them."""
     if not over:
-        return [f"All {number} combinations are within 5 % of their passes.", ""]
+        return [f"All {number} are within 5 % of their passes.", ""]
     shares = [100 * share for _, _, share, _ in over]
     names = ", ".join(dict.fromkeys(workload for workload, *_ in over))
     lines = [
-        f"{len(over)} of {number} combinations are above 5 % of their passes, from {min(shares):.0f} % to "
-        f"{max(shares):.0f} %, on {names}."
+        f"{number - len(over)} of {number} are within 5 % of their passes; the others are {min(shares):.0f} % to "
+        f"{max(shares):.0f} % above them, on {names}."
     ]
     if python := [part for *_, part in over if part is not None]:
         lines.append(
             f"Of these, where kernels were measured by themselves, {100 * statistics.median(python):.0f} % is Python "
-            "(median): which parameters are shared, tables of rows, the report. It shows where passes are short."
+            "(median): which parameters are shared, whether gradients lie apart, tables of rows, the report. It shows "
+            "where passes are short."
         )
     return [*lines, ""]
 

@@ -132,12 +132,13 @@ def _costs(runs: Rows) -> list[str]:
         "## What a step costs",
         "",
         "Medians over the steps and seeds, in milliseconds. *passes*: the K backward passes, and that of an "
-        "auxiliary loss; "
-        "*combination*: from their gradients to `.grad`; *of passes*: the one over the other, 5 % being the "
-        "aim. *Python*: what the "
-        "combination takes beyond the three kernels, measured by themselves. Memory is the peak of a step above "
-        "what was there "
-        "before it.",
+        "auxiliary loss, with what taking their gradients costs; *combination*: from these to `.grad`. Memory is the "
+        "peak of a step above what was there before it.",
+        "",
+        "The columns behind are of one batch after the training. *K passes*: K backward passes over one graph and "
+        "nothing else, their gradients kept; *`backward`*: `opt.backward(losses)` over the same graph, in turn with "
+        "them; *more*: the one over the other, 5 % being the aim; *gram*, *solve*, *combine*: the kernels by "
+        "themselves; *Python*: what `backward` takes beyond the passes and these.",
         "",
         *table(COST_HEAD, rows),
         *where_time_goes(over, len(rows)),

@@ -36,7 +36,7 @@ def available(methods: list[str]) -> list[str]:
     found = []
     if importlib.util.find_spec("torchjd") is not None:
         found += [f"torchjd/{name}" for name in methods if name in KNOWN["torchjd"]]
-    if libraries._libmtl_weightings() is not None:
+    if libraries.libmtl_weightings() is not None:
         found += [f"libmtl/{name}" for name in methods if name in KNOWN["libmtl"]]
     return found
 
@@ -123,7 +123,7 @@ class LibMTL(Peer):
 
     def __init__(self, workload: Workload, method: str) -> None:
         super().__init__(workload)
-        module, found = libraries._libmtl_weightings(), KNOWN["libmtl"][method]
+        module, found = libraries.libmtl_weightings(), KNOWN["libmtl"][method]
         if module is None:
             raise ImportError("LibMTL, or what it needs, is not installed")
         self._options = dict(found.options)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from mtl_optim import MultiTaskOptimizer
+
 from ..meters import Largest, Meter, Resident
 from ..workloads import registry
 from ..workloads.workload import Workload
 from . import breakdown, peers
-from .jobs import PLAIN, SINGLE, Job, recipe
+from .jobs import PLAIN, SINGLE, Job, Recipe, recipe
 from .record import Record
 from .steppers import Combined, Plain, Seconds, Stepper, set_rate
 
@@ -135,6 +137,11 @@ class Run:
         self.peak = meter.end() / 1e6
         return found
 
+    def _anew(self) -> tuple[Recipe, MultiTaskOptimizer]:
+        """The method with its state at the beginning, and an optimizer with it."""
+        found = recipe(self.job, [task.name for task in self.workload.tasks])
+        return found, Combined(self.workload, found).optimizer
+
     def _kept(self, metrics: dict[str, float]) -> dict[str, float]:
         return {self.job.part: metrics[self.job.part]} if self.job.method == SINGLE else metrics
 
@@ -150,8 +157,7 @@ class Run:
             facts[f"{name}_ms"] = 1e3 * statistics.median(values)
         facts["peak_mb"] = self.peak
         if isinstance(self.stepper, Combined):
-            again = recipe(self.job, [task.name for task in workload.tasks])
-            facts |= breakdown.parts(workload, again)
+            facts |= breakdown.parts(workload, *self._anew())
             facts["conflicts"] = _conflicts(self.cosines) if facts["shared"] else None
         elif not isinstance(self.stepper, Plain):
             facts |= peers.agreement(self.job)

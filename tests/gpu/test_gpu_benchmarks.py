@@ -206,6 +206,7 @@ def test_the_published_loops_are_compared_by_their_latency(tmp_path: Path, monke
     assert len(loops) == 2 and all(row.measure == "latency" and row.times_ours for row in loops)
 
 
+@pytest.mark.exhaustive
 def test_a_whole_run_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--tasks", "2", "--max-elements", "2e4", "--repeats", "1", "--seconds", "30"]
     assert gpu.main([*arguments, "--output", str(tmp_path), "--machine", "here"]) == 0

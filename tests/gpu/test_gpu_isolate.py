@@ -68,6 +68,7 @@ def broken(attempts: Attempts) -> None:
             attempts.send("said", (name, why.split(":")[0]))
 
 
+@pytest.mark.exhaustive
 def test_every_piece_is_tried_once_whatever_the_others_do() -> None:
     reason, received, lost = run(broken)
     assert not reason

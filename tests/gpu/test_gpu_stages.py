@@ -77,6 +77,7 @@ def tests(planned: dict[str, Stage]) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.exhaustive
 def test_every_test_of_the_kernels_is_in_one_suite(tests: dict[str, list[str]]) -> None:
     found = [name for suite in SUITES for name in tests[suite]]
     assert len(found) == len(set(found))

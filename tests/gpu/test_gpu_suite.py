@@ -84,7 +84,7 @@ def write(tmp_path: Path, text: str) -> list[str]:
     return [str(tmp_path / "test_mixed.py"), "-p", "no:hypothesispytest"]
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_every_test_runs_once(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     junit = tmp_path / "x.xml"
     arguments = ["mixed", "--jobs", str(jobs), "--junit", str(junit), "--each", "4", "--"]

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -155,15 +157,21 @@ def test_a_matrix_that_is_not_finite_leaves_the_targets(backend, value):
     assert (state[0] == -0.5).all() and state[1, 0, 1] == -0.25
 
 
+@functools.cache
+def by_reference(num_tasks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gram matrices of two problems, and their weights and state after a step."""
+    rows = torch.randn(2, num_tasks, num_tasks + 3, dtype=torch.float64)
+    gram, state = rows @ rows.mT, zeros(2, num_tasks, num_tasks) + 0.1
+    return gram, mk.reference.gradvac_weights(gram, state=state, rng=rng_state(123456789012345, 2**40)), state
+
+
 @pytest.mark.parametrize("num_tasks", [2, 5, 40, 128])
 def test_backends_agree_on_the_same_state(backend, num_tasks):
-    rows = torch.randn(2, num_tasks, num_tasks + 3, dtype=torch.float64)
-    gram, rng = rows @ rows.mT, rng_state(123456789012345, 2**40)
-    states = [zeros(2, num_tasks, num_tasks) + 0.1 for _ in range(2)]
-    expected = mk.reference.gradvac_weights(gram, state=states[0], rng=rng)
-    found = mk.gradvac_weights(gram, state=states[1], rng=rng, backend=backend)
+    gram, expected, after = by_reference(num_tasks)
+    rng, state = rng_state(123456789012345, 2**40), zeros(2, num_tasks, num_tasks) + 0.1
+    found = mk.gradvac_weights(gram, state=state, rng=rng, backend=backend)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(states[1], states[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state, after, rtol=1e-10, atol=1e-12)
     assert rng.tolist() == [123456789012345, 2**40]
 
 

@@ -73,22 +73,22 @@ def test_emulation(run_folder: Path, kind: str) -> None:
         assert messages[kind] in done.stdout + done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
 
 
-# Arguments of cuda_test; those of a line take a few seconds together.
+# Arguments of cuda_test; those of a line take a few seconds together. float16 goes the way of bfloat16, but for loads.
 CASES = [
     "plan errors gram_mixed combine_mixed",
     "gram_float32",
     "gram_slow_double range_slow_double",
     "gram_float64",
     "gram_bfloat16",
-    "gram_float16",
+    pytest.param("gram_float16", marks=pytest.mark.exhaustive),
     "range_float32 range_float64",
-    "range_bfloat16",
-    "range_float16",
+    pytest.param("range_bfloat16", marks=pytest.mark.exhaustive),
+    pytest.param("range_float16", marks=pytest.mark.exhaustive),
     "gram_solver",
     "combine_float32 combine_float64 combine_bfloat16 combine_float16",
-    "combine_slow_double rounding",
+    pytest.param("combine_slow_double rounding", marks=pytest.mark.exhaustive),
     "columns_float32 columns_float64",
-    "columns_bfloat16 columns_float16",
+    pytest.param("columns_bfloat16 columns_float16", marks=pytest.mark.exhaustive),
     "states_float32 states_float64 states_bfloat16 states_float16",
     "solve",
 ]

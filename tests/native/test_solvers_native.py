@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 from compiling import check, sanitizing_compiler
 
 
+@pytest.mark.exhaustive
 def test_solvers_under_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "solvers_test"
     source = Path(__file__).parent / "solvers_test.cpp"
