@@ -66,7 +66,10 @@ def torchjd(method: str, gram: Tensor, rows: Tensor) -> Callable[[], object] | N
     options = dict(peer.options)
     if peer.name == "NashMTL":
         options["n_tasks"] = len(rows)
-    made = found(**options)
+    try:
+        made = found(**options)
+    except (ImportError, NameError):  # an extra that the class needs is not there: then the class is not either
+        return None
     given = gram if on_gram is not None else rows
     return lambda: made(given)
 

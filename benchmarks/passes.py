@@ -55,7 +55,7 @@ LIMIT = 1e-4
 WARM_UP, BRIEF_WARM_UP = 60, 10
 """The most steps of training before anything is measured, and those of a quick look."""
 TASKS, FEW_TASKS = (3, 8, 40), (3, 8)
-QUICK_NETWORKS = ("convolutional", "perceptron, 32", "encoder, 8 x 16", "recommender")
+QUICK_NETWORKS = ("perceptron, 32", "encoder, 8 x 16", "recommender")
 """A quick look leaves out those whose steps take longest, and the most tasks."""
 COLUMNS = (
     "network", "K", "mode", "median_ms", "p20_ms", "p80_ms", "ratio_to_K_backwards", "peak_mb", "gram_error",

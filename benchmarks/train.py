@@ -7,7 +7,7 @@
 Every training goes through the same loop. What is finished is kept in ``--runs``, and what was stopped goes on at its
 last checkpoint: the same command again does the rest. The data of a training, its initialisation and its batches
 depend on the seed alone, so that methods are compared on the same ones. One thread, unless ``--threads`` says
-otherwise.
+otherwise. Baselines whose time is not shown are trained first, side by side; everything else has the machine to itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.isolate import said
 from benchmarks.results import environment
 from benchmarks.training import evidence, pictures
+from benchmarks.training.ahead import train_ahead
 from benchmarks.training.jobs import Job, UnfitError
 from benchmarks.training.options import Options, parse, plan
-from benchmarks.training.record import Record, finished, write_tables
-from benchmarks.training.run import Run
+from benchmarks.training.record import Record, write_tables
+from benchmarks.training.run import trained
 from benchmarks.workloads.data.splits import DataMissingError
 
 
@@ -42,19 +43,19 @@ def train(jobs: Sequence[Job], options: Options, console: Console) -> tuple[list
                TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
     with Progress(*columns, console=console) as bars:
         whole = bars.add_task("trainings", total=len(jobs), note="")
-        own = bars.add_task("", total=1, note="")
+        own = bars.add_task("baselines", total=None, note="")
+        train_ahead(
+            jobs, options.runs, options.save_every, facts, options.workers, options.threads,
+            lambda note: bars.update(own, note=note),
+        )  # fmt: skip
         for job in jobs:
             name = " ".join((job.workload, job.method, job.part, f"seed {job.seed}"))
             bars.reset(own, total=job.steps, description=name, note="")
-            record = finished(job, options.runs)
             try:
-                if record is None:
-                    run = Run(job, options.runs / f"{job.file}.pt", options.save_every)
-                    bars.update(own, completed=run.done)
-                    record = run.go(lambda done, note: bars.update(own, completed=done, note=note))
-                    record.facts |= facts
-                    record.write(options.runs / f"{job.file}.json")
-                    run.forget()
+                record = trained(
+                    job, options.runs, options.save_every, facts, lambda done: bars.update(own, completed=done),
+                    lambda done, note: bars.update(own, completed=done, note=note),
+                )  # fmt: skip
                 records.append(record)
             except UnfitError as error:
                 left_out.append((job, str(error)))

@@ -18,7 +18,7 @@ from .jobs import Recipe
 from .steppers import shared_of, take_grads
 
 _EFFORT = timing.Effort(repeats=7, min_repeats=3, min_time=2e-4, case_time=0.03)
-_CALLS = timing.Effort(repeats=41, min_repeats=7, min_time=2e-3, case_time=0.25)
+_CALLS = timing.Effort(repeats=41, min_repeats=5, min_time=2e-3, case_time=0.1)
 
 
 def calls(optimizer: MultiTaskOptimizer, losses: Mapping[str, Tensor]) -> dict[str, Any]:

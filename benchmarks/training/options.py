@@ -49,6 +49,7 @@ class Options:
     quick: bool
     peers: bool
     threads: int
+    workers: int
     runs: Path
     output: Path
     docs: Path
@@ -75,6 +76,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--draws", type=int, help="fixed weights that are tried beside equal ones (default: 8; with --quick 2)")
     add("--data", action="append", default=[], metavar="NAME=FOLDER", help=f"where {', '.join(VARIABLES)} lie")
     add("--threads", type=int, default=1, help="of the CPU (default: 1)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that train networks for single tasks and "
+        "tuned weights, whose time is not shown (default: one for each core)")
     add("--runs", type=Path, help="folder of finished and unfinished trainings (default: build/train; with --quick "
         "build/train-quick)")
     add("--save-every", type=float, default=20.0, help="seconds between checkpoints (default: 20)")
@@ -100,6 +103,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         quick=quick,
         peers=given.peers,
         threads=given.threads,
+        workers=given.workers,
         runs=given.runs or ROOT / "build" / ("train-quick" if quick else "train"),
         output=given.output,
         docs=given.docs,
@@ -107,7 +111,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         save_every=given.save_every,
         report_only=given.report_only,
     )
-    for name, least in (("seeds", 1), ("rounds", 1), ("draws", 1), ("threads", 1)):
+    for name, least in (("seeds", 1), ("rounds", 1), ("draws", 1), ("threads", 1), ("workers", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)} is out of range; expected at least {least}")
     if options.steps is not None and options.steps < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ from ..workloads import registry
 from ..workloads.workload import Workload
 from . import breakdown, peers
 from .jobs import PLAIN, SINGLE, Job, Recipe, recipe
-from .record import Record
+from .record import Record, finished
 from .steppers import Combined, Plain, Seconds, Stepper, set_rate
 
 MEASURED = 2
@@ -41,6 +41,34 @@ def stepper_of(job: Job, workload: Workload) -> Stepper:
     if "/" in job.method:
         return peers.make(job.method, workload, job.seed)
     return Combined(workload, recipe(job, [task.name for task in workload.tasks]))
+
+
+def trained(
+    job: Job,
+    runs: Path,
+    save_every: float,
+    facts: Mapping[str, Any],
+    begun: Callable[[int], None] = lambda done: None,
+    advance: Advance = lambda done, note: None,
+) -> Record:
+    """The record of a job, which is carried out where it was not before.
+
+    Args:
+        runs: the folder of records and checkpoints.
+        save_every: see `Run`.
+        facts: columns that are added to the record.
+        begun: called with the number of steps that were done before.
+        advance: see `Run.go`.
+    """
+    if (record := finished(job, runs)) is not None:
+        return record
+    run = Run(job, runs / f"{job.file}.pt", save_every)
+    begun(run.done)
+    record = run.go(advance)
+    record.facts |= facts
+    record.write(runs / f"{job.file}.json")
+    run.forget()
+    return record
 
 
 class Run:

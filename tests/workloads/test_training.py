@@ -166,12 +166,12 @@ def test_a_killed_command_does_the_rest_and_writes_everything(tmp_path: Path, mo
     folders = ["--runs", f"{tmp_path}/runs", "--output", f"{tmp_path}/out", "--docs", f"{tmp_path}/docs/evidence.md"]
     monkeypatch.setattr(record.Record, "write", _kill_at(5, record.Record.write))
     with pytest.raises(Killed):
-        command.main([*ARGUMENTS, *folders])
+        command.main([*ARGUMENTS, *folders, "--workers", "1"])
     monkeypatch.undo()
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json")}
     assert len(done) == 4
-    assert command.main([*ARGUMENTS, *folders]) == 0
+    assert command.main([*ARGUMENTS, *folders, "--workers", "2"]) == 0  # baselines in processes of their own
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
     rows = read_table(tmp_path / "out" / "m-train.csv")
     assert len(rows) == (2 + 5) + 4 + (3 + 5)  # of attributes-2 no baselines
