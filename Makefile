@@ -46,7 +46,7 @@ EVIDENCE := $(if $(wildcard $(READY)),$(READY),$(FOR_DEMO))
 .PHONY: demo test test-all bench evidence gpu lint dist api clean
 
 demo: $(DEMO)
-	$(say) training "three methods, about a minute"
+	$(say) training "three methods, one to three minutes"
 	@$(RUN) -m mtl_optim.cli demo $(ARGS)
 
 # A thread a process: there are as many processes as cores, and more threads wait for each other.
