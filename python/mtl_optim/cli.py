@@ -81,7 +81,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )  # fmt: skip
     demo.add_argument(
         "--steps", type=int, default=Options.steps, metavar="N",
-        help="optimizer steps per method (default: %(default)s, about a minute in all on two cores)",
+        help="optimizer steps per method (default: %(default)s, one to three minutes in all on two cores)",
     )  # fmt: skip
     demo.add_argument(
         "--batch-size", type=int, default=Options.batch_size, metavar="N",
