@@ -11,11 +11,12 @@ from torch import Tensor
 import mtl_kernels
 from mtl_kernels import RowTable
 from mtl_optim import MultiTaskOptimizer
+from mtl_optim.capture.grads import take_grads
 
 from .. import timing
 from ..workloads.workload import Workload
 from .jobs import Recipe
-from .steppers import shared_of, take_grads
+from .steppers import shared_of
 
 _EFFORT = timing.Effort(repeats=7, min_repeats=3, min_time=2e-4, case_time=0.03)
 _CALLS = timing.Effort(repeats=41, min_repeats=5, min_time=2e-3, case_time=0.1)

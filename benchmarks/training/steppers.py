@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -113,14 +112,6 @@ class Plain:
 
     def monitor(self, steps: int) -> None:
         return None
-
-
-def take_grads(params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of some parameters, which have none afterwards."""
-    grads = [param.grad for param in params]
-    for param in params:
-        param.grad = None
-    return grads
 
 
 def set_rate(optimizer: Optimizer, rate: float, step: int, steps: int) -> None:

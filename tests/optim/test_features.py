@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,6 +121,17 @@ def test_a_step_is_the_definition(name: str, model: Model, batch: tuple[Tensor, 
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     opt.step()
+
+
+def test_features_are_freed_after_the_step(model: Model, batch: tuple[Tensor, Tensor]) -> None:
+    opt = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), 0.1), PCGrad())
+    z = model.features(batch[0])
+    alive = weakref.ref(z)
+    opt.backward(model.losses(z, batch[1]), features=z)
+    opt.step()
+    del z
+    gc.collect()
+    assert alive() is None
 
 
 def test_the_report_is_of_the_features(model: Model, batch: tuple[Tensor, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class Combiner:
         self._in_graph = False  # a captured graph goes on reading the masks it was captured with
         self._heads = WeakIdKeyDictionary()
         self._not_heads = set(map(id, learned_parameters(options.transform)))
-        self._last: tuple[Parameters, list[list[bool]], Roles] | None = None
+        self._last: tuple[Any, Roles] | None = None  # without tensors, which would be kept alive
 
     def __call__(
         self,
@@ -150,9 +151,9 @@ class Combiner:
     def _roles(self, tasks: tuple[str, ...], rows: Sequence[Row], parameters: Parameters, weighs_alone: bool) -> Roles:
         """Those of these rows; most steps have those of the one before."""
         present = [[grad is not None for grad in row] for row in rows]
-        last = self._last
-        if last is not None and last[0] is parameters and last[1] == present and not weighs_alone:
-            return last[2]
+        known = present, parameters.group_of, parameters.in_gram, parameters.places
+        if self._last is not None and self._last[0] == known and not weighs_alone:
+            return self._last[1]
         managed, in_gram = parameters.managed, parameters.in_gram
         reached_by = [[k for k, row in enumerate(present) if row[p]] for p in range(len(managed))]
         shared = self._shared(tasks, reached_by, managed) if weighs_alone else None
@@ -167,7 +168,7 @@ class Combiner:
             reached_by, shared, rest, owner, groups, problems, _pattern(shared, groups, reached_by, len(tasks)),
             [parameters.places[p] for p in shared],
         )  # fmt: skip
-        self._last = parameters, present, roles
+        self._last = known, roles
         return roles
 
     def _shared(

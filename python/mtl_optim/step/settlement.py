@@ -101,8 +101,7 @@ class Settlement:
                 tasks, reduced.rows, parameters, values, [one.rows for one in before], self.share_is_due,
                 ranks.total if ranks.several else None, reduced.counted,
             )  # fmt: skip
-            if ranks.several:
-                combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, reduced, likes))
+            combined = dataclasses.replace(combined, grads=ranks.expand(combined.grads, reduced, likes))
         tell_norms(self.options.transform, combined.report, list(last))
         if method.stops_at_zero_rows and combined.anything_shared:
             self.advice.zero_rows(combined.report)
