@@ -155,3 +155,49 @@ def test_every(every: Any, error: type[Exception]) -> None:
     _, opt, _ = watched()
     with pytest.raises(error, match="every"):
         ConflictMonitor(opt, every=every)
+
+
+@pytest.mark.parametrize("granularity", ["model", "parameter"])
+def test_it_goes_on_from_a_checkpoint(tmp_path: Path, granularity: str) -> None:
+    steps: list[dict[str, tuple[float, float]]] = [
+        {"a": (3, 0), "b": (-1, 4)}, {"a": (9, 0)}, {"a": (1, 1), "b": (-1, 1)}, {"a": (2, 1), "b": (1, 5)},
+        {"a": (0, 1), "b": (1, -5)},
+    ]  # fmt: skip
+    model, opt, options = watched(granularity=granularity)
+    with ConflictMonitor(opt, **options) as whole:
+        run(model, opt, *steps)
+    model, opt, options = watched(granularity=granularity)
+    first = ConflictMonitor(opt, **options)
+    run(model, opt, *steps[:3])  # in the middle of an interval
+    torch.save(first.state_dict(), tmp_path / "monitor.pt")
+    first.close()
+    with ConflictMonitor(opt, **options) as second:
+        second.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
+        run(model, opt, *steps[3:])
+    assert [record.json() for record in second.history] == [record.json() for record in whole.history]
+    assert torch.equal(second.cosines, whole.cosines) and len(second.history) == 3
+
+
+SHORT_SUMS = {
+    "tasks": ["a", "b"], "problems": [], "pairs": torch.zeros(3, 1, 2, dtype=torch.float64),
+    "of_tasks": torch.zeros(3, 2, dtype=torch.float64), "layers": torch.zeros(2, 0, 2, 2, dtype=torch.float64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "expected a state of version 1, found 2"),
+        ({"history": [{}]}, "found it damaged"),
+        ({"sums": {"tasks": ["a"]}}, "found it damaged"),
+        ({"sums": SHORT_SUMS}, "for 2 tasks"),
+    ],
+)
+def test_a_bad_state_leaves_it_as_it_was(change: dict[str, Any], message: str) -> None:
+    model, opt, options = watched()
+    monitor = ConflictMonitor(opt, **options)
+    run(model, opt, *[{"a": (3, 0), "b": (0, 4)}] * 3)
+    with pytest.raises(ValueError, match=message):
+        monitor.load_state_dict({**monitor.state_dict(), **change})
+    run(model, opt, {"a": (3, 0), "b": (0, 4)})
+    assert [record.step for record in monitor.history] == [2, 4]

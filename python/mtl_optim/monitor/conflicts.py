@@ -17,6 +17,7 @@ from .records import ConflictRecord
 from .report import Report
 
 _DECAY = 0.9
+_STATE_VERSION = 1
 _NOTHING = "nothing was recorded yet; a record is made every so many steps, and by close()"
 
 
@@ -50,7 +51,7 @@ class ConflictMonitor:
 
     A step of one task, one whose weights were reused (``refresh_every``), and one whose gradients were not finite say
     nothing new and do not count. On several ranks all have the same report: make one on rank 0. After a replay of a
-    CUDA graph, in which no Python runs, call `update`.
+    CUDA graph, in which no Python runs, call `update`. A checkpoint that holds `state_dict` lets it go on.
 
     Args:
         optimizer: the `MultiTaskOptimizer`, whose step hooks call `update`.
@@ -103,7 +104,8 @@ class ConflictMonitor:
         self._steps += 1
         if self._sums is None or not self._sums.fits(report):
             self._record()
-            self._sums = _Sums(report)
+            self._sums = _Sums(report.tasks, report.problems, report.gram.device)
+        self._sums.to(report.gram.device)
         self._sums.add(report)
         if self._steps % self._every == 0:
             self._record()
@@ -115,6 +117,40 @@ class ConflictMonitor:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records, and what was added up since the last one, on its device; fit for ``weights_only=True``."""
+        return {
+            "version": _STATE_VERSION,
+            "steps": self._steps,
+            "history": [record.plain() for record in self.history],
+            "sums": None if self._sums is None else self._sums.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned. Files and writers have what was written before.
+
+        Raises:
+            ValueError: of another version, or no such state; everything stays as it was.
+        """
+        version = state_dict.get("version")
+        if version != _STATE_VERSION:
+            raise ValueError(
+                f"ConflictMonitor: expected a state of version {_STATE_VERSION}, found {version!r}; load what "
+                "state_dict() of this or an older mtl_optim returned"
+            )
+        try:
+            history = [ConflictRecord.of(plain) for plain in state_dict["history"]]
+            sums = None if state_dict["sums"] is None else _Sums.of(state_dict["sums"])
+            steps = int(state_dict["steps"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"ConflictMonitor: expected what state_dict() returned, found it damaged: {error!r}"
+            ) from error
+        self.history, self._sums, self._steps = history, sums, steps
+        self._averages = {}
+        for record in history:
+            self._average(record)
 
     def __enter__(self) -> ConflictMonitor:
         return self
@@ -206,17 +242,20 @@ class ConflictMonitor:
         if sums is None or (record := sums.record(self._steps, self._problem_names(sums.problems))) is None:
             return
         self.history.append(record)
-        for i, a in enumerate(record.tasks):
-            for j, b in enumerate(record.tasks):
-                if not math.isnan(new := record.cosines[i][j]):
-                    old = self._averages.get((a, b), new)
-                    self._averages[a, b] = _DECAY * old + (1 - _DECAY) * new
+        self._average(record)
         if self._file is not None:
             self._file.write(record.json() + "\n")
             self._file.flush()
         if self._writer is not None:
             for tag, value in record.scalars():
                 self._writer.add_scalar(tag, value, record.step)
+
+    def _average(self, record: ConflictRecord) -> None:
+        for i, a in enumerate(record.tasks):
+            for j, b in enumerate(record.tasks):
+                if not math.isnan(new := record.cosines[i][j]):
+                    old = self._averages.get((a, b), new)
+                    self._averages[a, b] = _DECAY * old + (1 - _DECAY) * new
 
     def _problem_names(self, problems: Sequence[int]) -> list[str]:
         """Of parameters those of the model; of others their numbers."""
@@ -233,12 +272,38 @@ class ConflictMonitor:
 class _Sums:
     """Of reports with the same tasks and problems, on their device."""
 
-    def __init__(self, report: Report) -> None:
-        self.tasks, self.problems = report.tasks, report.problems
-        number, device = len(report.tasks), report.gram.device
+    def __init__(self, tasks: tuple[str, ...], problems: tuple[int, ...], device: torch.device) -> None:
+        self.tasks, self.problems = tasks, problems
+        number = len(tasks)
         self._pairs = torch.zeros((3, number, number), dtype=torch.float64, device=device)
         self._of_tasks = torch.zeros((3, number), dtype=torch.float64, device=device)
-        self._layers = torch.zeros((2, len(report.problems), number, number), dtype=torch.float64, device=device)
+        self._layers = torch.zeros((2, len(problems), number, number), dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls, state_dict: dict[str, Any]) -> _Sums:
+        """Those of a state, as they are there."""
+        sums = [state_dict[name].clone() for name in ("pairs", "of_tasks", "layers")]
+        made = cls(tuple(state_dict["tasks"]), tuple(state_dict["problems"]), sums[0].device)
+        expected = [made._pairs, made._of_tasks, made._layers]
+        if [(one.shape, one.dtype) for one in sums] != [(one.shape, one.dtype) for one in expected]:
+            raise ValueError(f"sums of shapes {[tuple(one.shape) for one in sums]} for {len(made.tasks)} tasks")
+        made._pairs, made._of_tasks, made._layers = sums
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `of`."""
+        sums = {"pairs": self._pairs, "of_tasks": self._of_tasks, "layers": self._layers}
+        return {
+            "tasks": list(self.tasks),
+            "problems": list(self.problems),
+            **{name: one.clone() for name, one in sums.items()},
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Moves them, where they are elsewhere: they may be those of a checkpoint."""
+        self._pairs, self._of_tasks, self._layers = (
+            one.to(device) for one in (self._pairs, self._of_tasks, self._layers)
+        )
 
     def fits(self, report: Report) -> bool:
         """Whether a report can be added."""

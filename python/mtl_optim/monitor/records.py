@@ -46,6 +46,15 @@ class ConflictRecord:
         """One line; null where there is nothing."""
         return json.dumps(_without_nan(dataclasses.asdict(self)))
 
+    def plain(self) -> dict[str, Any]:
+        """Of lists, dicts and numbers alone, for `of`."""
+        return {**dataclasses.asdict(self), "tasks": list(self.tasks)}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> ConflictRecord:
+        """The record that was made `plain`."""
+        return cls(**{**plain, "tasks": tuple(plain["tasks"])})
+
 
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
