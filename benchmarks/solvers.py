@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import libraries, plots, results, timing
 from benchmarks.results import OURS, format_time
 from mtl_optim import Method, get_method, list_methods
+from mtl_optim.methods.rows import RowMethod
 from mtl_optim.methods.wrappers import Wrapper
 
 TASKS, FEW_TASKS = (2, 8, 40, 128), (2, 8, 40)
@@ -55,11 +56,14 @@ def draw_rows(num_tasks: int, generator: torch.Generator) -> Tensor:
     return rows / rows.norm(dim=1).max()
 
 
+def solving() -> list[str]:
+    """The methods whose weights come from a Gram matrix, or from the products of two batches in its place."""
+    return [info.name for info in list_methods() if not isinstance(make(info.name, 2), RowMethod)]
+
+
 def cases(wanted: list[str], tasks: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """Every method with a solve, and every K."""
-    for info in list_methods():
-        if (not wanted or info.name in wanted) and "rows" not in info.needs:
-            yield from ((info.name, num_tasks) for num_tasks in tasks)
+    """Every method with a solve, or those that are wanted, and every K."""
+    return ((name, num_tasks) for name in solving() if not wanted or name in wanted for num_tasks in tasks)
 
 
 def make(name: str, num_tasks: int) -> Method | str:
@@ -155,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.methods) - {info.name for info in list_methods()}:
         parser.error(f"unknown methods: {', '.join(sorted(unknown))}")
+    if rowwise := set(options.methods) - set(solving()):
+        parser.error(f"no solve to measure, they go by the rows: {', '.join(sorted(rowwise))}")
     torch.set_num_threads(1)
     facts = results.environment(options.machine, quick=options.quick)
     rows: list[Cells] = []

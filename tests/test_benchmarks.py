@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import mtl_kernels as mk
-from mtl_optim import MGDA, Method, PCGrad
+from mtl_optim import MGDA, Method, PCGrad, get_method, list_methods
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import checks, kernels, networks, passes, peers, plots, provenance, results, steps
+from benchmarks import checks, kernels, networks, passes, peers, plots, provenance, results, solvers, steps
 from benchmarks.plan import KERNELS, STREAMING_BYTES, TASKS, Case, budget, plan, sizes
 from benchmarks.results import OURS, Row, cells, compare, judge
 from benchmarks.timing import Effort, measure, summarize
@@ -58,6 +58,17 @@ def test_budgets_of_streaming_sizes(kernel: str, num_tasks: int, expected: float
 def test_budgets_of_solvers() -> None:
     found = [budget(Case(s, k, 0, torch.float64)) for s in ("pcgrad", "min_norm") for k in (2, 8, 16, 40, 64)]
     assert found == [5, 5, 100, 100, None, 20, 20, 5000, 5000, None]
+
+
+def test_every_method_with_a_solve_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {name for name, _ in solvers.cases([], [2])}
+    assert {"pcgrad", "mgda", "sdmgrad", "modo", "krum"} <= measured
+    for name in {info.name for info in list_methods()} - measured:
+        with pytest.raises(TypeError, match="needs the rows"):
+            get_method(name).solve(torch.eye(2, dtype=torch.float64))
+    with pytest.raises(SystemExit):
+        solvers.main(["graddrop"])
+    assert "no solve to measure" in capsys.readouterr().err
 
 
 def test_a_right_result_gets_its_ratio_and_verdict() -> None:
