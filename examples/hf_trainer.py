@@ -7,6 +7,7 @@ it wraps the model; `MultiTaskTrainer` wraps it first. Clipping, micro-batches a
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -42,8 +43,9 @@ class MultiTaskTrainer(Trainer):
 
 def train(epochs: int = 3, micro: int = 1, checkpoint: str | None = None) -> tuple[torch.nn.Module, MultiTaskOptimizer]:
     """Trains, from the last checkpoint in a folder if there is one, and saves more; steps of ``micro`` batches."""
+    folder = checkpoint or tempfile.mkdtemp()
     arguments = TrainingArguments(
-        checkpoint, use_cpu=True, seed=0, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=1e-2,
+        folder, use_cpu=True, seed=0, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=1e-2,
         gradient_accumulation_steps=micro, max_grad_norm=1.0, logging_steps=4, disable_tqdm=True, report_to=[],
         save_strategy="epoch" if checkpoint else "no", remove_unused_columns=False,
     )  # fmt: skip
