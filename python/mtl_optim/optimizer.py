@@ -380,6 +380,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
             "state": self.method.state_dict(),
             "transform": state_of(self.transform),
             "tasks": list(progress.tasks),
+            "heads": self._training.heads,
             "refresh": None if progress.reusable is None else progress.reusable.state_dict(),
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -424,6 +425,8 @@ class MultiTaskOptimizer(OptimizerWrapper):
                 raise
             self._training.progress.tasks = tasks
             self._training.progress.reusable = reusable
+            if "heads" in saved:  # not in older ones
+                self._training.heads = saved["heads"]
         self._training.clear()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -434,13 +437,14 @@ class MultiTaskOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: self.__dict__[name] for name in ("optimizers", "options", "_told")}
-        return {**kept, "progress": dataclasses.replace(self._training.progress)}
+        return {**kept, "progress": dataclasses.replace(self._training.progress), "heads": self._training.heads}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.optimizers, self.options = state["optimizers"], state["options"]
         self._share()
         groups = [group for one in self.optimizers for group in one.param_groups]
         self._start(state["progress"], state["_told"], find_ranks(None, "scatter", groups, self))
+        self._training.heads = state["heads"]
 
     def __repr__(self) -> str:
         wrapped = "\n".join(map(repr, self.optimizers))

@@ -52,7 +52,7 @@ class Constant(Method):
     """w = the given weights: a strong baseline when tuned (Kurin et al. 2022, arXiv 2201.04122).
 
     A task that comes alone is weighted as well, but for parameters that a step of several tasks has shown to be its
-    own; a state dict does not tell of these.
+    own, which a state dict tells of.
 
     Args:
         weights: finite weights >= 0 by the names of the tasks, ``Constant({"depth": 1.0, "normals": 0.01})``; or a

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 import mtl_kernels
 from mtl_kernels import Part, RowTable
@@ -17,6 +16,7 @@ from ..capture.grads import Row, as_real
 from ..cuda_graphs import capturing, refuse_capture
 from ..monitor.report import GramShare, Report
 from ..options import Options
+from .heads import Heads
 from .parameters import Parameters
 from .transform import learned_parameters
 
@@ -67,13 +67,17 @@ class Roles:
 
 
 class Combiner:
-    """Combines rows with a method; see `MultiTaskOptimizer` for the options."""
+    """Combines rows with a method; see `MultiTaskOptimizer` for the options.
+
+    Attributes:
+        heads: those it has seen.
+    """
 
     def __init__(self, options: Options) -> None:
+        self.heads = Heads()
         self._options = options
         self._masks: dict[tuple[tuple[tuple[bool, ...], ...], bool], Tensor] = {}
         self._in_graph = False  # a captured graph goes on reading the masks it was captured with
-        self._heads = WeakIdKeyDictionary()
         self._not_heads = set(map(id, learned_parameters(options.transform)))
         self._last: tuple[Any, Roles] | None = None  # without tensors, which would be kept alive
 
@@ -180,13 +184,10 @@ class Combiner:
         """
         present = {k for tasks in reached_by for k in tasks}
         if len(present) > 1:
-            for param, tasks in zip(params, reached_by, strict=True):
-                if len(tasks) == 1:
-                    self._heads[param] = names[tasks[0]]
-                elif tasks:
-                    self._heads.pop(param, None)
+            self.heads.learn(names, reached_by, params)
             return None
-        found = [p for p, tasks in enumerate(reached_by) if tasks and self._heads.get(params[p]) != names[tasks[0]]]
+        task_of = self.heads.task_of
+        found = [p for p, tasks in enumerate(reached_by) if tasks and task_of(params[p]) != names[tasks[0]]]
         if self._options.method.needs_heads and len(found) == sum(map(bool, reached_by)):
             return None  # no head to go by
         return found

@@ -15,6 +15,7 @@ from ..options import Options
 from .advice import Advice
 from .batches import Batches
 from .combination import Combined, Combiner
+from .heads import Heads
 from .lazy import stand_aside
 from .losses import stack_losses
 from .parameters import Parameters
@@ -40,6 +41,11 @@ class Settlement:
         self.advice, self.ranks = advice, ranks
         self.batches = Batches.of(options.method)
         self._combiner = Combiner(options)
+
+    @property
+    def heads(self) -> Heads:
+        """Those that were seen so far."""
+        return self._combiner.heads
 
     @property
     def keeps(self) -> bool:

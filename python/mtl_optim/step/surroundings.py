@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..capture.grads import same_tensors
+from ..capture.grads import Isolation, same_tensors
 from ..capture.graph import reached_leaves, split_compiled_graph
 from .losses import reaches_nothing
 from .parameters import Parameters
@@ -18,6 +18,34 @@ ADDS_ELSEWHERE = (
     "MultiTaskOptimizer([first, second], method); or, where the other's parameters are not meant (a discriminator in "
     'the generator\'s loss), leave them alone with outside="keep"'
 )
+
+
+HIDDEN = (
+    "the graph of the losses may hide parameters (reentrant checkpointing?), so that passes run through all of it and "
+    "gradients outside the optimizer are put back afterwards; those of parameters that the graph does not show cannot "
+    "be. Call checkpoint(..., use_reentrant=False)"
+)
+
+
+class Kept:
+    """Passes that leave the gradients outside the optimizer as they are.
+
+    Attributes:
+        inputs: what they are told to end in; None where the graph may hide parameters from that. Such passes are whole,
+            and `undo` puts the gradients of the leaves outside back.
+    """
+
+    def __init__(self, losses: Sequence[Tensor], parameters: Parameters) -> None:
+        inside = [*parameters.managed, *parameters.others]
+        leaves, hides = reached_leaves(losses)
+        known = set(map(id, inside))
+        hides = hides and not known <= set(map(id, leaves))
+        self.inputs: list[Tensor] | None = None if hides else inside
+        self._isolation = Isolation([leaf for leaf in leaves if id(leaf) not in known] if hides else [], [])
+
+    def undo(self) -> None:
+        """Puts back what was set aside."""
+        self._isolation.undo()
 
 
 class Surroundings:

@@ -30,7 +30,7 @@ from .pending import Pending
 from .progress import Progress
 from .settlement import Settlement
 from .shortcuts import Shortcuts
-from .surroundings import ADDS_ELSEWHERE, Surroundings
+from .surroundings import ADDS_ELSEWHERE, HIDDEN, Kept, Surroundings
 from .transform import transformed
 
 _ALIVE: weakref.WeakSet[TrainingStep] = weakref.WeakSet()
@@ -79,6 +79,15 @@ class TrainingStep:
         self._shortcuts = Shortcuts(self._settlement, self._surroundings.leaves)
         self._open: OpenBlock | None = None
         _ALIVE.add(self)
+
+    @property
+    def heads(self) -> list[str | None]:
+        """Whose head each parameter of the param groups is, as far as that was seen."""
+        return self._settlement.heads.named(self._every_parameter())
+
+    @heads.setter
+    def heads(self, named: Sequence[str | None]) -> None:
+        self._settlement.heads.restore(self._every_parameter(), named)
 
     def backward(
         self, losses: object, accumulate: bool, retain_graph: bool, batch: int = 0, features: object = None
@@ -134,7 +143,10 @@ class TrainingStep:
         pending.prepare([batches.key(name, batch) for name in tasks], managed)
         outside = self._surroundings.leaves()
         keeps = self._settlement.keeps or (outside and not batches.is_last(batch))
-        inputs = [*managed, *parameters.others] if keeps else None
+        kept = Kept(list(named.values()), parameters) if keeps else None
+        inputs = None if kept is None else kept.inputs
+        if kept is not None and inputs is None:
+            self._advice.once("hidden-outside", HIDDEN)
         isolation = Isolation(managed, parameters.others)
         rows, versions = dict(pending.rows), pending.versions()
         more = accumulate or batches.number > 1
@@ -162,6 +174,9 @@ class TrainingStep:
                 isolation.undo()
                 pending.after_failure(versions)
             raise
+        finally:
+            if kept is not None:
+                kept.undo()
         self._settlement.finish(isolation, parameters, keep_others=not batches.is_last(batch))
         self.progress.tasks = tasks
         if combined is None:
@@ -303,6 +318,10 @@ class TrainingStep:
     def parameters(self) -> Parameters:
         """Those of the param groups, as they are now."""
         return self._selection([group for optimizer in self._optimizers for group in optimizer.param_groups])
+
+    def _every_parameter(self) -> list[Tensor]:
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [param for group in groups for param in group["params"]]
 
     def tasks_with(self, names: Sequence[str] | Mapping[str, Tensor]) -> tuple[str, ...]:
         """The known task names and those of ``names`` that are new."""
