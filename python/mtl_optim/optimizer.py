@@ -191,7 +191,7 @@ class MultiTaskOptimizer(OptimizerWrapper):
 
     @property
     def report(self) -> Report | None:
-        """The last combination; None before the first. Reading it copies nothing to the host."""
+        """The last combination, None before the first; no state dict holds it. Nothing is copied to the host."""
         return self._training.progress.report
 
     @_disable_dynamo
@@ -395,8 +395,14 @@ class MultiTaskOptimizer(OptimizerWrapper):
         Raises:
             ValueError: saved with another method, transform or fixed tasks, or by a newer version, or of other
                 param groups; everything stays as it was.
+            TypeError: no dict.
         """
         self._training.check_idle("load_state_dict()")
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"MultiTaskOptimizer.load_state_dict: expected what state_dict() returned, found "
+                f"{type(state_dict).__name__}"
+            )
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)

@@ -188,7 +188,7 @@ def test_pcd_keeps_its_averages_where_a_step_says_nothing() -> None:
     method.weights(gram, active=torch.tensor([True, False, True, True, True]))
     after = method.state["averages"]
     assert after[[1, 6]].equal(before[[1, 6]]) and (after != before).sum() == 8
-    with pytest.raises(ValueError, match=r"averages of shape \[10\].*\[6\].*reset\(\)"):
+    with pytest.raises(ValueError, match="keeps the state of 5 tasks and was given 3; name all"):
         method.weights(gram[:3, :3])
     assert torch.equal(method.state["averages"], after)
 

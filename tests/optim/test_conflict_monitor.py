@@ -201,3 +201,8 @@ def test_a_bad_state_leaves_it_as_it_was(change: dict[str, Any], message: str) -
         monitor.load_state_dict({**monitor.state_dict(), **change})
     run(model, opt, {"a": (3, 0), "b": (0, 4)})
     assert [record.step for record in monitor.history] == [2, 4]
+
+
+def test_an_optimizer_of_one_loss_is_refused() -> None:
+    with pytest.raises(TypeError, match="expected a MultiTaskOptimizer, found SGD"):
+        ConflictMonitor(torch.optim.SGD(Directions().parameters(), lr=0.0))  # type: ignore[arg-type]

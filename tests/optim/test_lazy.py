@@ -100,6 +100,17 @@ def test_every_way_to_look(how: str) -> None:
     opt.step()
 
 
+def test_assigning_to_data_replaces_the_combination() -> None:
+    model, opt = pair()
+    capture(model, opt, "blocks")
+    for param in model.parameters():
+        param.grad.data = torch.full_like(param, 3.0)
+    assert opt.report is not None and same(model, [torch.full_like(p, 3.0) for p in model.parameters()])
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
 def test_what_no_task_reaches_stays_none() -> None:
     model, opt = pair(model=TwoHeads(3))
     with opt.task("0"):

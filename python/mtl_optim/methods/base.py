@@ -298,18 +298,29 @@ class Method:
         return self._kept("rng", device, lambda: mtl_kernels.rng_state(seed, device=device))
 
     def _kept(
-        self, key: str, device: torch.device, new: Callable[[], Tensor], shape: Sequence[int] | None = None
+        self,
+        key: str,
+        device: torch.device,
+        new: Callable[[], Tensor],
+        shape: Sequence[int] | None = None,
+        per_task: int = 1,
     ) -> Tensor:
         """``state[key]`` on ``device``: moved there where it is elsewhere, ``new()`` where there is none yet.
+
+        Args:
+            per_task: numbers of a task in the last dimension of ``shape``.
 
         Raises:
             ValueError: it is not of the ``shape`` that the problem asks for.
         """
         kept = self.state.get(key)
         if kept is not None and shape is not None and kept.shape != torch.Size(shape):
+            if kept.shape[-1] != shape[-1]:
+                raise other_tasks(type(self).__name__, kept.shape[-1] // per_task, shape[-1] // per_task)
             raise ValueError(
                 f"{type(self).__name__} keeps {key} of shape {list(kept.shape)} and was given a problem of "
-                f"{list(shape)}; call reset() before the tasks change, or load_state_dict() with a state of that shape"
+                f"{list(shape)}; with one problem per parameter or param group the same ones have to be reached in "
+                "every step. Call reset() before they change, or load_state_dict() with a state of that shape"
             )
         if kept is None or kept.device != device:
             refuse_capture(f"the {key} that {type(self).__name__} keeps would be set up")
@@ -317,6 +328,14 @@ class Method:
             with torch.inference_mode(False):
                 kept = self.state[key] = new() if kept is None else kept.to(device)
         return kept
+
+
+def other_tasks(owner: str, kept: int, found: int) -> ValueError:
+    """The error of a method whose state is of another number of tasks."""
+    return ValueError(
+        f"{owner} keeps the state of {kept} tasks and was given {found}; name all tasks beforehand, "
+        "MultiTaskOptimizer(..., tasks=[...]), where some are absent at first, or call reset() to start anew"
+    )
 
 
 def check_seed(owner: str, seed: object) -> None:

@@ -52,15 +52,8 @@ class DoubleSampling(Method):
             ValueError: K, or the number of problems, is not that of the state.
         """
         shape = gram.shape[:-1]
-        weights = self.state.get("weights")
-        if weights is not None and weights.shape != shape:
-            raise ValueError(
-                f"{type(self).__name__} keeps weights of shape {list(weights.shape)} and was given a problem of "
-                f"{list(shape)}; name all tasks at the start (MultiTaskOptimizer(..., tasks=[...])), call reset() "
-                "before they change, or load_state_dict() with a state of that shape"
-            )
         new = functools.partial(torch.full, shape, 1 / gram.shape[-1], dtype=torch.float64, device=gram.device)
-        return self._kept("weights", gram.device, new)
+        return self._kept("weights", gram.device, new, shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

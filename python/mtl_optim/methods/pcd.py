@@ -68,6 +68,6 @@ class PCD(Method):
         check_active("PCD", gram, active)
         shape = (*gram.shape[:-2], 2 * gram.shape[-1])
         new = functools.partial(torch.zeros, shape, dtype=torch.float64, device=gram.device)
-        averages = self._kept("averages", gram.device, new, shape)
+        averages = self._kept("averages", gram.device, new, shape, per_task=2)
         call = SolverCall("pcd", pcd_options(self.tau, self.beta, self.eps), active, state=averages)
         return Solution.of(*ops.solve(gram, call))

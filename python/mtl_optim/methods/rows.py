@@ -15,7 +15,7 @@ import mtl_kernels
 from mtl_kernels import RowTable, ranges
 
 from ..cuda_graphs import refuse_capture
-from .base import Combination, Method, check_active
+from .base import Combination, Method, check_active, other_tasks
 
 _TABLES_KEPT = 64
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -172,7 +172,7 @@ class KeepingMethod(RowMethod):
             if found is None or like is None or found.shape == (num_tasks, *like.shape):
                 continue
             if len(found) != num_tasks:
-                raise _other_tasks(owner, len(found), num_tasks)
+                raise other_tasks(owner, len(found), num_tasks)
             raise ValueError(
                 f"{owner} keeps {key} of shape {list(found.shape)} for a parameter that is {list(like.shape)} now; "
                 "call reset() to start anew, or load_state_dict() with a state of these parameters"
@@ -187,7 +187,7 @@ class KeepingMethod(RowMethod):
                     "reached in every step. Call reset() to start anew"
                 )
             if value.shape[-1] not in (1, num_tasks):
-                raise _other_tasks(owner, value.shape[-1], num_tasks)
+                raise other_tasks(owner, value.shape[-1], num_tasks)
 
     def _keys(self, problem: Problem) -> list[str]:
         return [f"{self.kept}.{place}" for place in problem.places]
@@ -235,13 +235,6 @@ class KeepingMethod(RowMethod):
         dtypes = {self.state_dtype or like.dtype for like in problem.rows.like if like is not None}
         largest = min((torch.finfo(dtype).max for dtype in dtypes), default=torch.inf)
         return ((size <= largest) | ~problem.active).all(-1, keepdim=True)
-
-
-def _other_tasks(owner: str, kept: int, found: int) -> ValueError:
-    return ValueError(
-        f"{owner} keeps the state of {kept} tasks and was given {found}; name all tasks beforehand, "
-        "MultiTaskOptimizer(..., tasks=[...]), where some are absent at first, or call reset() to start anew"
-    )
 
 
 def place_for(problem: Problem) -> Any:

@@ -64,7 +64,7 @@ class ConflictMonitor:
         history: the records so far.
 
     Raises:
-        TypeError, ValueError: ``every`` is no positive integer.
+        TypeError, ValueError: another kind of optimizer, or ``every`` is no positive integer.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class ConflictMonitor:
         writer: Writer | None = None,
         model: nn.Module | None = None,
     ) -> None:
+        if not hasattr(optimizer, "report"):
+            raise TypeError(
+                f"ConflictMonitor: expected a MultiTaskOptimizer, found {type(optimizer).__name__}; an optimizer of "
+                "one loss has no tasks to watch"
+            )
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"ConflictMonitor: expected every as an integer, found {every!r}")
         if every < 1:

@@ -71,6 +71,15 @@ class LazyGrad(Tensor):
             raise RuntimeError("the rows of this gradient were dropped, or are being captured; read .grad anew")
         return self._real
 
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        """That of the combined gradient."""
+        return self.combined().data
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        self.combined().data = new
+
     def settle(self, grad: Tensor | None) -> None:
         """Says what the combination has put in its place."""
         self._real = grad
