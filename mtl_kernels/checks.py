@@ -161,6 +161,46 @@ def check_state_apart(table: RowTable, state: RowTable) -> None:
     _refuse_overlap(spans, "state", "memory of its own for every task")
 
 
+def check_loose(targets: Sequence[Tensor | None], written: Sequence[Tensor | None], name: str) -> None:
+    """Raises where a target whose result is copied there in the end shares memory with itself or another target.
+
+    It may be a row, which is read before.
+    """
+    loose = [
+        target
+        for target, place in zip(targets, written, strict=True)
+        if target is not None and target.numel() > 0 and (place is None or place.data_ptr() != target.data_ptr())
+    ]
+    for target in loose:
+        begin, end = _span(target)
+        near = [
+            other
+            for other in targets
+            if other is not None and other.numel() > 0 and _span(other)[0] < end and begin < _span(other)[1]
+        ]
+        unit = min(other.element_size() for other in near)
+        places = torch.cat([_addresses(other, unit) for other in near])
+        if len(places.unique()) < len(places):
+            raise ValueError(
+                f"{name} overlaps itself or other memory that is written here; expected memory of its own for every "
+                "tensor"
+            )
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor, and the one behind its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _addresses(tensor: Tensor, unit: int) -> Tensor:
+    """Of all elements, in pieces of ``unit`` bytes."""
+    found = torch.arange(0, tensor.element_size(), unit) + tensor.data_ptr()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found = (found.unsqueeze(1) + torch.arange(size) * (stride * tensor.element_size())).flatten()
+    return found
+
+
 def _refuse_overlap(spans: list[tuple[int, int, bool]], name: str, expected: str) -> None:
     """Raises where of spans (address, bytes, is written to) one that is written to overlaps another."""
     row_end = target_end = 0

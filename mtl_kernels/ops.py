@@ -347,7 +347,7 @@ def accumulate_squares(
     Args:
         state, rows, groups, backend: as for `update_average`.
         gain: ``[K]``, or ``[S, K]`` with ``groups``.
-        eps: at least 0.
+        eps: at least 0. With 0, an element whose state and gradient are 0 makes the sum nan.
 
     Returns:
         sum g_k^2 / sqrt(state_k + eps) over all elements, with the new state as it is rounded: float64 ``[K]``, or

@@ -129,6 +129,7 @@ class RowTable:
         dense: whether the rows were given as one tensor.
         captured: as given.
         plain: whether every tensor is a `torch.Tensor` proper, not of a subclass.
+        copied: whether some of ``entries`` are copies, of tensors that could not be read in place.
 
     Raises:
         TypeError: a row of another type, or of a dtype that is not supported.
@@ -144,6 +145,7 @@ class RowTable:
         "_pointers",
         "_sizes",
         "captured",
+        "copied",
         "dense",
         "device",
         "kept",
@@ -159,6 +161,7 @@ class RowTable:
     device: torch.device
     dense: bool
     captured: bool
+    copied: bool
     plain: bool
     part: Part | None
     like: list[Tensor | None]
@@ -169,7 +172,7 @@ class RowTable:
 
     def __init__(self, rows: Tensor | Sequence[Row], *, captured: bool = False, part: Part | None = None) -> None:
         self.captured, self.part = captured, part
-        self.plain = True
+        self.plain, self.copied = True, False
         self._matrix: Tensor | None = None
         self._entries: list[list[Tensor | None]] | None = None
         self._pointers: list[int] | None = None
@@ -191,6 +194,7 @@ class RowTable:
         if matrix.dim() != 2:
             raise ValueError(f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient")
         check_num_tasks(matrix.shape[0])
+        self.copied = matrix.is_neg() or (matrix.shape[1] > 1 and matrix.stride(1) != 1)
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             matrix = matrix.contiguous()
         self.plain = type(matrix) in _PLAIN
@@ -250,10 +254,12 @@ class RowTable:
                 self.plain = False
             if tensor.is_neg():
                 tensor = column[k] = tensor.resolve_neg()
+                self.copied = True
             if like is None:
                 _check_dtype(tensor, f"row {k}, parameter {p}")
                 if not _is_dense(tensor):
                     tensor = column[k] = tensor.contiguous()
+                    self.copied = True
                 like, shape, dtype, device = tensor, tensor.shape, tensor.dtype, tensor.device
                 stride = tensor.stride()
                 continue
@@ -274,6 +280,7 @@ class RowTable:
                 )
             if tensor.stride() != stride:
                 column[k] = torch.empty_like(like).copy_(tensor)
+                self.copied = True
         return column
 
     def counted(self) -> RowTable:

@@ -160,15 +160,22 @@ def update_state(
     group_list, num_groups = checks.check_groups(groups, state.num_params)
     chosen = dispatch.resolve(state.device, backend)
     checked = checks.check_state(table, state, call, groups)
-    places = _laid_out(state, table)
-    if not (table.captured or state.device.type == "meta"):
-        checks.check_state_apart(table, places)
-    sums = torch.zeros((num_groups, state.num_tasks), dtype=torch.float64, device=state.device)
-    chosen.update_state(table, places, checked, group_list, sums)
     if isinstance(given, RowTable):
+        if given.copied:
+            raise ValueError(
+                "expected the state in place, found a RowTable of copies: its tensors are not dense, or of several "
+                "layouts; pass the tensors themselves"
+            )
         targets: Sequence[Row] = state.entries
     else:
         targets = [[row] for row in given.unbind(0)] if isinstance(given, Tensor) else given
+    places = _laid_out(state, table)
+    if not (table.captured or state.device.type == "meta"):
+        checks.check_state_apart(table, places)
+        written = [place for row in places.entries for place in row]
+        checks.check_loose([target for row in targets for target in row], written, "state")
+    sums = torch.zeros((num_groups, state.num_tasks), dtype=torch.float64, device=state.device)
+    chosen.update_state(table, places, checked, group_list, sums)
     for target, place in zip(targets, places.entries, strict=True):
         _finish_out(target, place)
     return sums[0] if groups is None else sums
@@ -201,6 +208,7 @@ def _outputs(
     written = [_in_place(target, like) for target, like in zip(targets, table.like, strict=True)]
     if not (table.captured or table.device.type == "meta"):
         checks.check_disjoint(table, written, accumulate)
+        checks.check_loose(targets, written, "out")
     for p, (place, like, target) in enumerate(zip(written, table.like, targets, strict=True)):
         if place is None and like is not None and target is not None:
             written[p] = _elsewhere(like, target, accumulate)

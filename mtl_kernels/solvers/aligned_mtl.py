@@ -37,6 +37,7 @@ def aligned_mtl_weights(
     Args:
         gram: ``[..., K, K]``, used in float64. Not finite among the active tasks: 1 / K_active for each.
         pref: ``[K]`` or ``[..., K]`` on the device of ``gram``, used as it is; default 1 / K_active.
+            Values are not looked at: the methods check theirs.
         scale_mode: which eigenvalue becomes the square of the common length: "min" as published, the "median", of two
             the lower one, or "rmse", their mean; of those that count.
         rtol: an eigenvalue up to rtol times the largest one counts as zero, in (0, 1); default, and least, is

@@ -37,6 +37,7 @@ def config_weights(
     Args:
         gram: ``[..., K, K]``, used in float64. Not finite among the active tasks: 1 / K_active for each.
         pref: ``[K]`` or ``[..., K]`` on the device of ``gram``; its size does not matter. Default 1 for all.
+            Values are not looked at: the methods check theirs.
         length: "projection" as published, l = sum_k g_k'b / ||b||; or l = m sum_k u_k'b / ||b|| with m the "min",
             "max", "harmonic", "arithmetic" or "geometric" mean of n.
         rtol: an eigenvalue of C up to rtol times the largest one counts as zero, in (0, 1); default, and least, is

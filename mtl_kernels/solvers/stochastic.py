@@ -46,7 +46,7 @@ def sdmgrad_weights(
             code does but for its absolute epsilon: ``lr`` then fits gradients of any length, and the result is free of
             their scale.
         pref: numbers >= 0, ``[K]`` or ``[..., K]``; what counts is their proportion over the active tasks. None, or
-            all zero: alike.
+            all zero: alike. Values are not looked at: the methods check theirs.
         active: bool ``[K]`` or ``[..., K]``; other tasks take no part and get weight 0.
         backend: see `mtl_kernels.use_backend`.
 

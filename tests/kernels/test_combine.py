@@ -413,3 +413,23 @@ def test_rows_are_not_copied_on_a_gpu(backend: str, device: torch.device) -> Non
     work()
     if backend != "reference":
         assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+def test_outputs_of_other_layouts_that_overlap_are_refused(backend: str) -> None:
+    rows = [[torch.ones(3), 10 * torch.ones(3)]]
+    weights = torch.ones(1, dtype=torch.float64)
+    memory = torch.zeros(6)
+    columns = torch.zeros(3, 2)
+    for out in (
+        [memory[0:6:2], memory[0:6:2]],
+        [memory[:3], memory[0:6:2]],
+        [memory[:3], memory[5:].expand(3)],
+        [memory.as_strided((3,), (0,)), memory[3:]],
+    ):
+        with pytest.raises(ValueError, match="out overlaps itself or other memory"):
+            mk.combine(rows, weights, out=out, backend=backend)
+        assert not memory.any()
+    mk.combine(rows, weights, out=[columns[:, 0], columns[:, 1]], backend=backend)
+    assert columns.tolist() == [[1.0, 10.0]] * 3
+    mk.combine(rows, weights, out=[memory[0:6:2], memory[1:6:2]], backend=backend)
+    assert memory.tolist() == [1.0, 10.0] * 3

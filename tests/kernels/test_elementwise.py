@@ -666,3 +666,27 @@ def test_states_that_do_not_fit(backend: str) -> None:
         with pytest.raises(ValueError, match="expected eps as a finite number"):
             mk.accumulate_squares(good, rows, ones, eps=eps, backend=backend)  # type: ignore[arg-type]
     assert all(t is None or t.eq(1).all() for row in [*good, *rows] for t in row)
+
+
+def test_a_state_of_copies_is_refused() -> None:
+    ones = torch.ones(3)
+    transposed, strided = torch.zeros(5, 3).T, torch.zeros(6)
+    with pytest.raises(ValueError, match="found a RowTable of copies"):
+        mk.update_average(mk.RowTable(transposed), torch.ones(3, 5), ones, ones)
+    with pytest.raises(ValueError, match="found a RowTable of copies"):
+        mk.accumulate_squares(mk.RowTable([[strided[::2]]]), [[ones]], torch.ones(1))
+    mixed = [[torch.zeros(4, 3)], [torch.zeros(3, 4).T]]
+    with pytest.raises(ValueError, match="found a RowTable of copies"):
+        mk.update_average(mk.RowTable(mixed), [[torch.ones(4, 3)]] * 2, torch.ones(2), torch.ones(2))
+    mk.update_average(mixed, [[torch.ones(4, 3)]] * 2, torch.ones(2), torch.ones(2))
+    assert [float(row[0].sum()) for row in mixed] == [12.0, 12.0] and not transposed.any() and not strided.any()
+
+
+def test_states_of_other_layouts_that_overlap_are_refused() -> None:
+    memory = torch.zeros(6)
+    rows = [[torch.ones(3)], [torch.full((3,), 5.0)]]
+    with pytest.raises(ValueError, match="state overlaps itself or other memory"):
+        mk.update_average([[memory[::2]], [memory[::2]]], rows, torch.ones(2), torch.ones(2))
+    assert not memory.any()
+    mk.update_average([[memory[::2]], [memory[1::2]]], rows, torch.ones(2), torch.ones(2))
+    assert memory.tolist() == [1.0, 5.0] * 3

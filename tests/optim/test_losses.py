@@ -585,3 +585,64 @@ def test_indicators_by_name() -> None:
 def test_shown_with_its_tasks() -> None:
     assert repr(L.UncertaintyWeighting(["a", "b"])) == "UncertaintyWeighting(['a', 'b'])"
     assert (repr(L.FAMO(3)), repr(L.LogSum())) == ("FAMO(3)", "LogSum()")
+
+
+def test_losses_that_are_not_finite_leave_what_is_kept_alone() -> None:
+    stch = L.STCH(2, mu=0.1, warmup=2)
+    for losses in ([1.0, 10.0], [math.inf, 10.0], [1.0, math.nan], [3.0, 30.0]):
+        stch(torch.tensor(losses))
+    assert stch.nadir.tolist() == [2.0, 20.0] and int(stch.seen) == 2
+    for bad in (math.inf, -0.5):
+        gradnorm = L.GradNorm(3)
+        gradnorm(torch.ones(3))
+        gradnorm.update(torch.tensor([1.0, 5.0, 2.0]))
+        before = gradnorm.w.clone()
+        gradnorm(torch.tensor([bad, 1.0, 1.0]))
+        gradnorm.update(torch.tensor([1.0, 5.0, 2.0]))
+        assert torch.equal(gradnorm.w, before)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-9, 1.0, 1e200])
+def test_the_cosine_of_cosmos_does_not_depend_on_lengths(scale: float) -> None:
+    lam, values = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.7, 2.0, 3.5], dtype=torch.float64)
+    cosine = (lam @ values / lam.norm() / values.norm()).item()
+    module = L.COSMOS(lam, 3.0).double()
+    losses = (scale * values).requires_grad_()
+    found = module(losses)
+    assert float(found) == pytest.approx(scale * float(lam @ values) - 3.0 * cosine, rel=1e-12)
+    (grad,) = torch.autograd.grad(found, losses)
+    unit = values / values.norm()
+    expected = lam - 3.0 * (lam / lam.norm() - cosine * unit) / (scale * values.norm())
+    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=0.0)
+    small = L.COSMOS((1e-9 * lam).tolist(), 1.0).double()
+    assert float(small(values)) == pytest.approx(-cosine, rel=1e-6)
+    zero = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(module(zero), zero)[0].tolist() == lam.tolist()
+
+
+def test_what_is_refused_is_not_recorded() -> None:
+    balanced = L.LossBalancedTaskWeighting(2)
+    with pytest.raises(ValueError, match="expected losses >= 0"):
+        balanced(torch.tensor([2.0, -1.0]))
+    assert bool(balanced.initial.isnan().all())
+    gradnorm = L.GradNorm(2, parameters=[torch.ones(2, requires_grad=True)])
+    for call in (gradnorm, gradnorm.terms):
+        with pytest.raises(TypeError, match="no graph"):
+            call(torch.tensor([2.0, 1.0]))
+    assert bool(gradnorm.initial.isnan().all()) and not gradnorm.wants_norms
+
+
+def test_weights_of_some_tasks() -> None:
+    module = L.LogSum(["a", "b"])
+    module({"b": torch.tensor(2.0)})
+    for found in (module.weights(), module.weights({"b": torch.tensor(2.0)})):
+        assert math.isnan(found[0]) and found[1] == 0.5
+    with pytest.raises(ValueError, match="found no losses of task 'a'"):
+        L.STCH(["a", "b"]).weights({"b": torch.tensor(2.0)})
+
+
+def test_initial_losses_count_as_they_are_kept() -> None:
+    half = L.InverseInitialLoss(2).half()
+    assert half.weights(torch.tensor([7e4, 2.0])).tolist() == [1.0, 0.5]
+    half(torch.tensor([7e4, 2.0]))
+    assert math.isnan(half.initial[0]) and half.initial[1] == 2.0  # float16 ends at 65504

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import math
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mtl_kernels as mk
-from mtl_optim import MGDA, Constant, Mean, PCGrad, Sum, methods
+from mtl_optim import MGDA, Constant, Mean, PCGrad, Sum, get_method, list_methods, methods
 from optim.oracle import min_norm_pair, pcgrad_fixed, pcgrad_orders
 
 ALL = [Sum(), Mean(), Constant([0.5, 2.0, 1.0]), PCGrad(), PCGrad(order="fixed", reduction="mean"), MGDA()]
@@ -246,3 +247,23 @@ def test_get() -> None:
 def test_bad_input(build, error, text) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=text):
         build()
+
+
+@pytest.mark.parametrize("name", [info.name for info in list_methods()])
+@pytest.mark.parametrize("listed", [False, True])
+def test_rows_of_tasks_that_are_not_active_are_not_looked_at(name: str, listed: bool) -> None:
+    rows = torch.tensor([[1.0, 0.25], [math.inf, 1.0], [-0.5, 1.0]], dtype=torch.float64)
+    active = torch.tensor([True, False, True])
+    others = {"constant": {"weights": [1.0, 1.0, 1.0]}, "krum": {"n_byzantine": 0}, "trimmedmean": {"trim": 0}}
+    wrappers = {"normalized", "crmogm"}
+    options = {"method": MGDA()} if name in wrappers else others.get(name, {})
+    if name in ("dcgd", "renorm"):
+        pytest.skip("of two tasks alone, or of heads")
+    results = []
+    for broken in (rows, torch.where(active.unsqueeze(1), rows, 7.0)):
+        method = get_method(name, **options)
+        given = [[row] for row in broken] if listed else broken
+        losses = {"losses": torch.ones(3, dtype=torch.float64)} if method.needs_losses else {}
+        found = method(*[given] * method.num_batches, active=active, **losses)
+        results.append(found[0] if listed else found)
+    assert bool(results[0].isfinite().all()) and torch.equal(*results)

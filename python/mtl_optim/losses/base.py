@@ -52,6 +52,9 @@ class LossCombination(nn.Module):
     scales_with_losses: ClassVar[bool] = False
     """Whether scaling every loss by c scales the result by c and changes no state, as GradScaler takes for granted."""
 
+    takes_some: ClassVar[bool] = False
+    """Whether a dict may leave tasks out, which then take no part."""
+
     instead: ClassVar[str] = ""
     """What to take in front of a method, where this class couples the losses and cannot stand there."""
 
@@ -105,7 +108,8 @@ class LossCombination(nn.Module):
         With the state as it is now, which does not change.
 
         Args:
-            losses: as for `forward`; None for those of the last call, for logging.
+            losses: as for `forward`; None for those of the last call, for logging. The weight of a task that they leave
+                out is nan.
 
         Raises:
             RuntimeError: None before the first call.
@@ -116,7 +120,8 @@ class LossCombination(nn.Module):
         training, self.training = self.training, False
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                seen = self._last if losses is None else self.gather(losses)
+                absent = math.nan if self.takes_some else None
+                seen = self._last if losses is None else self.gather(losses, absent=absent)
                 leaf = seen.detach().clone().requires_grad_()  # type: ignore[union-attr]
                 (found,) = torch.autograd.grad(self.combine(leaf), leaf)
         finally:
@@ -259,7 +264,6 @@ class SumOfTerms(LossCombination):
     """
 
     takes_some: ClassVar[bool] = True
-    """Whether a dict may leave tasks out, which then take no part."""
 
     def forward(self, losses: Losses) -> Tensor:
         """The sum of the terms; a dict may leave tasks out. See `LossCombination.forward`."""
@@ -336,7 +340,11 @@ class WeightedLosses(SumOfTerms):
 
 
 def first_seen(initial: Tensor, losses: Tensor) -> Tensor:
-    """Per task the initial loss; the given one where none was seen, nan where that is not positive and finite."""
+    """Per task the initial loss; the given one where none was seen, nan where that is not positive and finite.
+
+    What it is in the dtype of ``initial``, where it is kept, counts.
+    """
+    losses = losses.to(initial.dtype)
     usable = torch.where((losses > 0) & losses.isfinite(), losses, torch.full_like(losses, math.nan))
     return torch.where(initial.isnan(), usable, initial)
 

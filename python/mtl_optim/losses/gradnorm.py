@@ -25,7 +25,8 @@ class GradNorm(WeightedLosses):
     Chen et al. 2018 (arXiv 1711.02257, Algorithm 1). n_k is the norm of the gradient of L_k, without its weight, on
     some shared parameters; r_k = (L_k / L_k(0)) / mean of these ratios. The weights start at 1, take one step of plain
     gradient descent after every call, are kept >= 1e-3 and scaled to sum K; they are a buffer, not a parameter. Where a
-    norm or a loss is not finite they stay. Tasks that a dict leaves out keep their weight and count in no mean.
+    norm or a loss is not finite, or r_k^alpha no number (losses < 0), they stay. Tasks that a dict leaves out, and
+    those whose loss is nan, keep their weight and count in no mean.
 
     The norms come from one of three places:
 
@@ -83,12 +84,14 @@ class GradNorm(WeightedLosses):
 
     def forward(self, losses: Losses) -> Tensor:
         """The weighted sum; with ``parameters`` the weights then take their step. See `LossCombination.forward`."""
+        self._check_graphs(losses)
         combined = super().forward(losses)
         self._measure(losses)
         return combined
 
     def terms(self, losses: Losses) -> Losses:
         """The weighted losses; with ``parameters`` the weights then take their step. See `SumOfTerms.terms`."""
+        self._check_graphs(losses)
         found = super().terms(losses)
         self._measure(losses)
         return found
@@ -134,12 +137,27 @@ class GradNorm(WeightedLosses):
             moved = torch.where(there, moved, 0.0)
             share = self.w.shape[0] - torch.where(there, 0.0, self.w).sum()
             moved = moved * (share / moved.sum())
-            usable = moved.isfinite().all() & n.isfinite().all()
+            usable = moved.isfinite().all() & n.isfinite().all() & torch.where(there, target, 0.0).isfinite().all()
             self.w.copy_(torch.where(there & usable, moved, self.w))
             self.current.fill_(math.nan)
 
+    @property
+    def _measures(self) -> bool:
+        return bool(self._measured) and self.training and torch.is_grad_enabled()
+
+    def _check_graphs(self, losses: Losses) -> None:
+        """Raise TypeError, before anything is recorded, where norms cannot be taken."""
+        if not self._measures:
+            return
+        each = [losses] if isinstance(losses, Tensor) else self.listed(losses)
+        if any(loss is not None and not loss.requires_grad for loss in each):
+            raise TypeError(
+                "GradNorm: a loss has no graph to take the norm of its gradient by; call eval() where losses are "
+                "not trained on"
+            )
+
     def _measure(self, losses: Losses) -> None:
-        if self._measured and self.training and torch.is_grad_enabled():
+        if self._measures:
             self._update_by_passes(losses)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -150,11 +168,6 @@ class GradNorm(WeightedLosses):
 
     def _norm(self, loss: Tensor) -> Tensor:
         """The norm of the gradient of a loss on the parameters, a float64 scalar."""
-        if not loss.requires_grad:
-            raise TypeError(
-                "GradNorm: a loss has no graph to take the norm of its gradient by; call eval() where losses are "
-                "not trained on"
-            )
         grads = torch.autograd.grad(loss, self._measured, retain_graph=True, allow_unused=True)
         parts = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads if grad is not None]
         if not parts:

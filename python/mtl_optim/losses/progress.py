@@ -16,6 +16,8 @@ from .checks import Tasks, non_negative, number
 class InverseInitialLoss(WeightedLosses):
     """w_k = 1 / L_k(0), where L_k(0) is the first positive, finite loss of task k; 1 until there is one.
 
+    In evaluation mode before the first call in training mode, L_k(0) is the loss itself, which is not kept.
+
     Args:
         tasks: how many tasks there are, or their names.
 
@@ -64,6 +66,11 @@ class LossBalancedTaskWeighting(InverseInitialLoss):
     def new_epoch(self) -> None:
         """Forgets the initial losses; call it before the first batch of every epoch."""
         self.initial.fill_(math.nan)
+
+    def record(self, losses: Tensor) -> None:
+        """Keeps the first losses, unless they are refused."""
+        self.require_positive(losses, "a power is taken", or_zero=True)
+        super().record(losses)
 
     def weigh(self, losses: Tensor) -> Tensor:
         """(L_k / L_k(0))^alpha, ``[K]``."""

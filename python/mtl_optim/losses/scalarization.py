@@ -25,7 +25,7 @@ class STCH(LossCombination):
         mu: smoothing, a finite number > 0.
         preference: lam, K numbers >= 0, some of them > 0; None is 1 / K each. It is used as given.
         reference: z*, K finite numbers; None is 0.
-        warmup: calls to average the nadir over, an integer >= 0.
+        warmup: calls to average the nadir over, an integer >= 0; calls with losses that are not finite do not count.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -70,8 +70,9 @@ class STCH(LossCombination):
         if self.training:
             seen = self.seen + 1
             mean = self.nadir + (losses.detach().to(self.nadir.dtype) - self.nadir) / seen
-            self.nadir.copy_(torch.where(warming, mean, self.nadir))
-            self.seen.copy_(torch.where(warming, seen, self.seen))
+            counts = warming & losses.detach().isfinite().all()
+            self.nadir.copy_(torch.where(counts, mean, self.nadir))
+            self.seen.copy_(torch.where(counts, seen, self.seen))
         logs = losses.log()
         # Before the first call in training mode there is no nadir, and the branch below is not the one taken.
         nadir = torch.where(self.nadir > 0, self.nadir, torch.ones_like(self.nadir))
@@ -110,7 +111,14 @@ class COSMOS(LossCombination):
     def combine(self, losses: Tensor) -> Tensor:
         """The definition; the cosine counts as 0 where every loss is 0."""
         lam = self.preference.to(losses.dtype)
-        return (lam * losses).sum() - self.mu * torch.cosine_similarity(lam, losses, dim=0)
+        largest = losses.detach().abs().amax()  # so that no square leaves the range
+        scaled = losses / torch.where(largest > 0, largest, 1.0)
+        length = torch.linalg.vector_norm(scaled)
+        direction = lam / lam.amax()
+        product = (direction / torch.linalg.vector_norm(direction) * scaled).sum()
+        cosine = torch.where(length > 0, product / torch.where(length > 0, length, 1.0), 0.0)
+        combined: Tensor = (lam * losses).sum() - self.mu * cosine
+        return combined
 
 
 class PBI(LossCombination):

@@ -253,7 +253,8 @@ class Method:
             rows: a tensor ``[K, N]``, or K sequences of P tensors or ``None``; float32, float64, bfloat16,
                 float16.
             more: the rows of further batches, for methods with ``num_batches`` > 1; the last ones are combined.
-            losses, active: as for `solve`.
+            losses, active: as for `solve`. Rows of tasks that are not active are not looked at, whatever they hold; for
+                that the host waits for ``active`` on a GPU, and not at all where such rows are None.
 
         Returns:
             A tensor ``[N]``, or a list of P tensors (``None`` where no task reaches), in the dtype of the
@@ -267,7 +268,11 @@ class Method:
             raise TypeError(
                 f"{type(self).__name__} takes the rows of {self.num_batches} independent batch(es), found {len(tables)}"
             )
-        return self.combine(tables, losses=losses, active=active).combined
+        dense = tables[-1].dense
+        if active is not None:
+            tables = [active_rows(self, table, active) for table in tables]
+        combined = self.combine(tables, losses=losses, active=active).combined
+        return combined[0] if dense and not isinstance(combined, Tensor) else combined
 
     def config(self) -> dict[str, Any]:
         """The hyper-parameters by name, as plain values."""
@@ -328,6 +333,18 @@ class Method:
             with torch.inference_mode(False):
                 kept = self.state[key] = new() if kept is None else kept.to(device)
         return kept
+
+
+def active_rows(method: Method, table: RowTable, active: Tensor) -> RowTable:
+    """The rows of active tasks, with None for the others; as they are where no task is active."""
+    like = torch.empty((table.num_tasks, table.num_tasks), device=table.device)
+    check_active(type(method).__name__, like, active)
+    refuse_capture(f"{type(method).__name__} would read which tasks are active", "pass rows of None for the others")
+    there: list[bool] = active.tolist()
+    if all(there) or not any(there):
+        return table
+    absent = [None] * table.num_params
+    return RowTable([row if here else absent for row, here in zip(table.entries, there, strict=True)])
 
 
 def other_tasks(owner: str, kept: int, found: int) -> ValueError:

@@ -66,24 +66,14 @@ class RowMethod(Method):
         losses: Tensor | None = None,
         active: Tensor | None = None,
     ) -> Any:
-        """Combines the rows; see `Method`. For ``active`` on a GPU the host waits; rows of None need none.
+        """Combines the rows; see `Method`.
 
         Raises:
             ValueError: no task is active.
         """
-        table = rows if isinstance(rows, RowTable) else RowTable(rows)
-        if active is None or more:
-            return super().__call__(table, *more, losses=losses)
-        like = torch.empty((table.num_tasks, table.num_tasks), device=table.device)
-        check_active(type(self).__name__, like, active)
-        refuse_capture(f"{type(self).__name__} would read which tasks are active", "pass rows of None for the others")
-        there: list[bool] = active.tolist()
-        if not any(there):
+        if isinstance(active, Tensor) and not bool(active.any()):
             raise ValueError(f"{type(self).__name__}: expected at least one active task, found none")
-        absent = [None] * table.num_params
-        some = RowTable([row if here else absent for row, here in zip(table.entries, there, strict=True)])
-        combined = self.combine([some], losses=losses, active=active).combined
-        return combined[0] if table.dense else combined
+        return super().__call__(rows, *more, losses=losses, active=active)
 
     def combine(
         self,
