@@ -33,7 +33,8 @@ def upgrad_weights(
 
     Args:
         gram: ``[..., K, K]``, used in float64. Not finite among the active tasks: 1 / K_active for each.
-        pref: p, numbers >= 0, ``[K]`` or ``[..., K]``; default 1 / K_active. Values are not looked at: the methods check theirs.
+        pref: p, numbers >= 0, ``[K]`` or ``[..., K]``; default 1 / K_active. Values are not looked
+            at: the methods check theirs.
         reg: a number >= 0; 0 projects exactly.
         active: bool ``[K]`` or ``[..., K]``; other tasks take no part and get weight 0.
         backend: see `mtl_kernels.use_backend`.
