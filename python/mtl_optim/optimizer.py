@@ -99,9 +99,10 @@ class MultiTaskOptimizer(OptimizerWrapper):
             over the ranks, weights the same on all of them to the bit, and gradients those of one process with all
             batches. The reducer of the model is kept out for as long as this optimizer lives. Parameters sharded with
             fully_shard (FSDP2) or tensor parallel are seen by themselves. In a run of several ranks one of them is
-            needed, or ``False`` where ranks train apart. All ranks have to run the same tasks in the same order. It is
-            not part of copies and pickles. Methods that combine elements are for one rank; ``features=`` and
-            ``capture="factored"`` also for ranks with replicated parameters.
+            needed, or ``False`` where ranks train apart. All ranks have to run the same tasks in the same order. A
+            transform sees the means of the losses over the ranks. It is not part of copies and pickles. Methods that
+            combine elements are for one rank; ``features=`` and ``capture="factored"`` also for ranks with replicated
+            parameters.
         reduce: with replicated parameters, "scatter" leaves a rank a piece of every row, and sends (K + 1) N (R - 1) /
             R elements for K tasks, N shared parameters and R ranks; "all" leaves whole rows on all of them, and sends
             2 K N (R - 1) / R.

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 _COMPILED = "CompiledFunctionBackward"
+_DDP_SINK = "_DDPSinkBackward"
+"""What DistributedDataParallel with find_unused_parameters puts behind a model: gradients pass through it."""
 
 Edge = tuple[Any, int]
 """Where a tensor comes from: a node, and which of its outputs it is."""
@@ -42,7 +44,7 @@ def leaves_above(edges: Iterable[Edge], cuts: frozenset[Edge]) -> tuple[list[Ten
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves[id(variable)] = variable
-        hides = hides or is_custom(node)
+        hides = hides or (is_custom(node) and type(node).__name__ != _DDP_SINK)
     return list(leaves.values()), met, hides
 
 

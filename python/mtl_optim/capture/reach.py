@@ -70,6 +70,14 @@ class Reach:
         bits = self.tasks[node]
         return bits & (bits - 1) != 0
 
+    @property
+    def splits(self) -> bool:
+        """Whether a custom function that several losses reach has several outputs.
+
+        Such a one may tell a gradient that is absent from one of zeros, which a pass for several losses at once cannot.
+        """
+        return any(is_custom(node) and self.shared(node) and len(node._input_metadata) > 1 for node in self.order)
+
     def tasks_at(self, node: Node, some: Iterable[int]) -> list[int]:
         """Those of some losses that reach a node."""
         bits = self.tasks[node]

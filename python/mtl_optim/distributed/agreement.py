@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,8 @@ from .ranks import RanksDisagreeError
 class Agreement:
     """An exchange of small values between the ranks of a group, on the host: nothing waits for a GPU.
 
-    It has a group of its own, of gloo, so that what one rank says of an error does not meet a collective of others.
+    It has a group of its own, of gloo, so that what one rank says of an error does not meet a collective of others. All
+    agreements of the same ranks have the same one.
 
     Args:
         group: the ranks; None for all.
@@ -27,8 +29,7 @@ class Agreement:
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = dist.group.WORLD if group is None else group
         self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        ranks = dist.get_process_group_ranks(self.group)
-        self._host = dist.new_group(ranks, timeout=_timeout(self.group), backend="gloo", use_local_synchronization=True)
+        self._host = _host_group(self.group)
 
     def exchange(self, what: str, value: Any = None) -> list[Any]:
         """The values of all ranks, in their order.
@@ -68,6 +69,17 @@ class Agreement:
 
 
 _FAILED = "failed"
+_HOSTS: weakref.WeakKeyDictionary[ProcessGroup, ProcessGroup] = weakref.WeakKeyDictionary()
+"""By the group that it is for. A group is threads and sockets, which do not go with the last reference to it."""
+
+
+def _host_group(group: Any) -> ProcessGroup:
+    found = _HOSTS.get(group)
+    if found is None:
+        ranks = dist.get_process_group_ranks(group)
+        found = dist.new_group(ranks, timeout=_timeout(group), backend="gloo", use_local_synchronization=True)
+        _HOSTS[group] = found
+    return found
 
 
 def _timeout(group: ProcessGroup | None) -> timedelta | None:

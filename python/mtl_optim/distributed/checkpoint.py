@@ -26,10 +26,22 @@ class TrainingState:
 
     Args:
         model: with `fully_shard`, DistributedDataParallel, or neither.
-        optimizer: over its parameters.
+        optimizer: over its parameters. Learned parameters of a transform are in no model: pass
+            ``TrainingState(nn.ModuleList([model, opt.transform]), opt)``.
+
+    Raises:
+        ValueError: the optimizer has parameters that the model does not hold.
     """
 
     def __init__(self, model: Module, optimizer: MultiTaskOptimizer) -> None:
+        known = set(map(id, model.parameters()))
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if unknown := [list(param.shape) for param in params if id(param) not in known]:
+            raise ValueError(
+                f"TrainingState: the optimizer holds {len(unknown)} parameter(s) that the model does not, of shape "
+                f"{', '.join(map(str, unknown[:3]))}; pass a module of all, such as "
+                "nn.ModuleList([model, opt.transform]) where they are those of a transform"
+            )
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:

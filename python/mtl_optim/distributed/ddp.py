@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -16,10 +17,25 @@ def take_over(model: DistributedDataParallel, owner: object) -> None:
     backward passes raise, or with ``find_unused_parameters`` or ``static_graph`` are reduced for one task alone.
     A forward pass with gradients in the model's ``join()`` raises RuntimeError.
     """
-    before = model.require_backward_grad_sync
+    taken = _TAKEN.get(model)
+    if taken is None:
+        before, hook = model.require_backward_grad_sync, model.register_forward_pre_hook(_keep_out)
+        taken = _TAKEN[model] = _Taken(before, hook)
+    taken.owners += 1
     model.require_backward_grad_sync = False
-    hook = model.register_forward_pre_hook(_keep_out)
-    weakref.finalize(owner, _give_back, weakref.ref(model), before, hook)
+    weakref.finalize(owner, _give_back, weakref.ref(model))
+
+
+@dataclasses.dataclass
+class _Taken:
+    """A model that is taken over: what it was before, and by how many."""
+
+    before: bool
+    hook: Any
+    owners: int = 0
+
+
+_TAKEN: weakref.WeakKeyDictionary[DistributedDataParallel, _Taken] = weakref.WeakKeyDictionary()
 
 
 def _keep_out(model: DistributedDataParallel, _: Any) -> None:
@@ -35,7 +51,12 @@ def _keep_out(model: DistributedDataParallel, _: Any) -> None:
     model.require_forward_param_sync = True
 
 
-def _give_back(model: weakref.ref[DistributedDataParallel], before: bool, hook: Any) -> None:
-    hook.remove()
-    if (found := model()) is not None:
-        found.require_backward_grad_sync = before
+def _give_back(model: weakref.ref[DistributedDataParallel]) -> None:
+    if (found := model()) is None:
+        return
+    taken = _TAKEN[found]
+    taken.owners -= 1
+    if taken.owners == 0:
+        taken.hook.remove()
+        found.require_backward_grad_sync = taken.before
+        del _TAKEN[found]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -35,7 +35,7 @@ def find_ranks(data_parallel: Any, reduce: str, groups: Iterable[Mapping[str, An
     for param in params:
         _refuse(param)
     if any(map(_is_dtensor, params)):
-        return _sharded(data_parallel)
+        return _sharded(data_parallel, [param for param in params if _is_dtensor(param)])
     if data_parallel is None or data_parallel is False:
         return Local(data_parallel is False)
     if not dist.is_available() or not dist.is_initialized():
@@ -95,22 +95,31 @@ def check_several(ranks: Ranks, options: Options) -> None:
 def check_added(ranks: Ranks, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise RuntimeError for parameters that lie on the ranks in another way than those that are there."""
     for group in groups:
-        for param in group["params"] if group.get("mtl", True) else ():
-            _refuse(param)
-            if _is_dtensor(param) and not ranks.hides:
+        for param in group["params"]:
+            if group.get("mtl", True):
+                _refuse(param)
+            if _is_dtensor(param) and ranks.several and not ranks.hides:
                 raise RuntimeError(
                     f"{OWNER}: a parameter of shape {list(param.shape)} is a DTensor beside plain tensors; build the "
-                    "optimizer with all parameters, or add it with mtl=False"
+                    "optimizer anew, with all parameters"
                 )
 
 
-def _sharded(data_parallel: Any) -> Ranks:
+def _sharded(data_parallel: Any, params: Sequence[Any]) -> Ranks:
     from .sharded import Sharded
 
     if data_parallel is not None:
         raise ValueError(
             f"{OWNER}: data_parallel= is for replicated parameters, and these are DTensors, whose gradients the "
             "framework reduces; leave it out"
+        )
+    # Those of one mesh may lie beside it (FSDP2 around tensor parallel layers), but then others are on all ranks.
+    held, world = max(param.device_mesh.size() for param in params), dist.get_world_size()
+    if held < world:
+        raise ValueError(
+            f"{OWNER}: the parameters are sharded over {held} of {world} ranks, and nothing says whether the others "
+            "train the same model; shard them over a mesh of all ranks (replicate and shard, for HSDP), or start the "
+            "ranks of every model as a run of their own"
         )
     return Sharded()
 

@@ -343,6 +343,12 @@ class FactoredPlans:
                     f'passes="batched" gives no task a backward pass of its own, which the hooks of parameters of '
                     f'shapes {", ".join(map(str, hooked))} wait for; use passes="auto"'
                 )
+            if reach.splits:
+                raise ValueError(
+                    'passes="batched" would hand zeros, not "absent", through a custom function with several outputs '
+                    "(that of DistributedDataParallel with find_unused_parameters=True is one), so that heads behind "
+                    'it counted as shared; use passes="auto"'
+                )
             return Frontier(reach)
         if self._passes == "loop" or self._one_by_one or hooked or reach.custom:
             return None

@@ -110,6 +110,7 @@ class Surroundings:
         if forgotten:
             self.findings["outside"] = (
                 f"the losses reach {len(forgotten)} parameter(s) that are not in the optimizer; their .grad is the "
-                "plain sum over the losses, and opt.zero_grad() does not clear it. Add them to the optimizer, pass a "
+                "plain sum over the losses (of this rank, where there are several), and opt.zero_grad() does not clear "
+                "it. Add them to the optimizer, pass a "
                 'list of optimizers, or leave them alone with outside="keep"'
             )

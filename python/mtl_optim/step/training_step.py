@@ -31,7 +31,7 @@ from .progress import Progress
 from .settlement import Settlement
 from .shortcuts import Shortcuts
 from .surroundings import ADDS_ELSEWHERE, HIDDEN, Kept, Surroundings
-from .transform import transformed
+from .transform import averaged, transformed
 
 _ALIVE: weakref.WeakSet[TrainingStep] = weakref.WeakSet()
 """All of this process: what one combines, another should not add to."""
@@ -104,7 +104,8 @@ class TrainingStep:
         if self.options.capture == "factored":
             _check_factored("backward(accumulate=True)" if accumulate else None)
         named, stacked = named_losses(losses), is_stacked(losses)
-        self._ranks.check(f"backward() of tasks {', '.join(named)}{' (accumulate)' if accumulate else ''}")
+        point = f"backward() of tasks {', '.join(named)}{' (accumulate)' if accumulate else ''}"
+        point += "" if features is None else " (features)"
         tasks = self.tasks_with(named)
         parameters = self.parameters()
         self._check_continues("backward()", parameters)
@@ -112,6 +113,9 @@ class TrainingStep:
             for name in named:
                 self.pending.check_new(self.batches.key(name, batch))
         if self.options.transform is not None:
+            if self._ranks.several:
+                self._ranks.check(f"{point}, before the transform")
+                named = averaged(named, self._ranks.mean)
             named, restacked = transformed(self.options.transform, named, tasks, isinstance(losses, Mapping))
             stacked = stacked or restacked
         if stacked:
@@ -131,6 +135,7 @@ class TrainingStep:
                 "the framework's hooks, so that gradients of the heads would not be reduced; use replicated parameters "
                 "(data_parallel=), or leave features= out"
             )
+        self._ranks.check(point)  # what this rank alone refuses was refused before the others wait for it in a pass
         if features is not None:
             self._shortcuts.through(call, features, accumulate)
         elif accumulate or not (self._shortcuts.weighted(call) or self._shortcuts.apart(call)):
@@ -295,10 +300,12 @@ class TrainingStep:
         # GradScaler does not call step() when it skips one: then only the gradients tell that they were dealt with.
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         if not (self.progress.has_gradient and any(p.grad is not None for group in groups for p in group["params"])):
+            own = self._ranks.several and not self._ranks.hides
             raise RuntimeError(
                 "step() with no task captured since the last step or zero_grad(); call opt.backward([...]) or use "
                 "opt.task(name) first (where a trainer calls backward(): mtl_optim.trainers.joint_loss), or step "
                 "the wrapped optimizer (opt.optimizer) to use plain gradients"
+                + (", which are those of this rank alone until you average them" if own else "")
             )
 
     def stepped(self) -> None:

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..losses import GradNorm, SumOfTerms
 from ..monitor.report import Report
-from .losses import is_stacked, named_losses
+from .losses import is_stacked, named_losses, stack_losses
 
 Transform = Callable[[Any], Any]
 
@@ -53,6 +54,21 @@ def transformed(
     except (TypeError, ValueError) as error:
         raise type(error)(f"transform {owner} returned what is no loss: {error}") from error
     return {name: found[name] for name in named}, is_stacked(result)
+
+
+def averaged(named: dict[str, Tensor], mean: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The losses with the graphs they have on this rank, and the values of their means over all.
+
+    What a transform makes of them is then that of one process with all batches: its state is the same on all ranks, and
+    so is the factor by which it multiplies a gradient.
+    """
+    with torch.no_grad():
+        device = next(iter(named.values())).device
+        means = mean(stack_losses(named, list(named), device).double())
+    return {
+        name: loss - loss.detach() + value.to(loss.device, loss.dtype)
+        for (name, loss), value in zip(named.items(), means, strict=True)
+    }
 
 
 def tell_norms(transform: Transform | None, report: Report, present: Sequence[str]) -> None:
