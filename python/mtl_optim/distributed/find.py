@@ -95,13 +95,15 @@ def check_several(ranks: Ranks, options: Options) -> None:
 def check_added(ranks: Ranks, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise RuntimeError for parameters that lie on the ranks in another way than those that are there."""
     for group in groups:
+        combined = group.get("mtl", True)
         for param in group["params"]:
-            if group.get("mtl", True):
+            if combined:
                 _refuse(param)
-            if _is_dtensor(param) and ranks.several and not ranks.hides:
+            # Those that are not combined are averaged over the ranks, where there are several.
+            if _is_dtensor(param) and not ranks.hides and (combined or ranks.several):
                 raise RuntimeError(
                     f"{OWNER}: a parameter of shape {list(param.shape)} is a DTensor beside plain tensors; build the "
-                    "optimizer anew, with all parameters"
+                    f"optimizer with all parameters{'' if ranks.several else ', or add it with mtl=False'}"
                 )
 
 
