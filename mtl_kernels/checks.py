@@ -166,25 +166,45 @@ def check_loose(targets: Sequence[Tensor | None], written: Sequence[Tensor | Non
 
     It may be a row, which is read before.
     """
-    loose = [
-        target
+    loose = {
+        id(target)
         for target, place in zip(targets, written, strict=True)
-        if target is not None and target.numel() > 0 and (place is None or place.data_ptr() != target.data_ptr())
-    ]
-    for target in loose:
-        begin, end = _span(target)
-        near = [
-            other
-            for other in targets
-            if other is not None and other.numel() > 0 and _span(other)[0] < end and begin < _span(other)[1]
-        ]
-        unit = min(other.element_size() for other in near)
-        places = torch.cat([_addresses(other, unit) for other in near])
+        if target is not None and (place is None or place.data_ptr() != target.data_ptr())
+    }
+    for near in _neighbours([target for target in targets if target is not None and target.numel() > 0]):
+        if all(id(target) not in loose for target in near) or (len(near) == 1 and _elements_apart(near[0])):
+            continue
+        unit = min(target.element_size() for target in near)
+        places = torch.cat([_addresses(target, unit) for target in near])
         if len(places.unique()) < len(places):
             raise ValueError(
                 f"{name} overlaps itself or other memory that is written here; expected memory of its own for every "
                 "tensor"
             )
+
+
+def _neighbours(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors whose spans of memory meet, together; nearly always each of them alone."""
+    found: list[list[Tensor]] = []
+    reach = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.data_ptr()):
+        begin, end = _span(tensor)
+        if begin >= reach:
+            found.append([])
+        found[-1].append(tensor)
+        reach = max(reach, end)
+    return found
+
+
+def _elements_apart(tensor: Tensor) -> bool:
+    """Whether strides alone tell that no two elements share memory."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += (size - 1) * stride
+    return True
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -194,9 +194,9 @@ class RowTable:
         if matrix.dim() != 2:
             raise ValueError(f"expected rows of shape [K, N], found {list(matrix.shape)}: flatten each gradient")
         check_num_tasks(matrix.shape[0])
-        self.copied = matrix.is_neg() or (matrix.shape[1] > 1 and matrix.stride(1) != 1)
+        self.copied = matrix.is_neg()
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
-            matrix = matrix.contiguous()
+            matrix, self.copied = matrix.contiguous(), True
         self.plain = type(matrix) in _PLAIN
         self.num_tasks, self.num_params = matrix.shape[0], 1
         self.device = matrix.device

@@ -32,6 +32,12 @@ def reached_leaves(losses: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
     return list({id(leaf): leaf for leaf in (*leaves, *found)}.values()), hides
 
 
+def leaves_beside(losses: Sequence[Tensor], params: Iterable[Tensor]) -> tuple[list[Tensor], bool]:
+    """`reached_leaves`, and whether the graphs may hide some of these parameters: they do not show all of them."""
+    leaves, hides = reached_leaves(losses)
+    return leaves, hides and not set(map(id, params)) <= set(map(id, leaves))
+
+
 def leaves_above(edges: Iterable[Edge], cuts: frozenset[Edge]) -> tuple[list[Tensor], set[Edge], bool]:
     """The leaves that some edges lead to without passing a cut, the cuts met, and whether others may be hidden."""
     leaves: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..capture.grads import same_tensors
-from ..capture.graph import reached_leaves
+from ..capture.graph import leaves_beside
 from ..capture.passes import Pass, weighted_passes
 from .combination import Combined
 from .parameters import Parameters
@@ -95,12 +95,13 @@ class Reusable:
         weighted_ids = {
             id(p) for p, k in zip(parameters.managed, self.owner, strict=True) if k is None or not plain_heads
         }
-        leaves, hides = reached_leaves(losses)
-        inside = {id(p) for p in (*parameters.managed, *parameters.others)}
-        if hides and not inside <= {id(leaf) for leaf in leaves}:
+        inside = [*parameters.managed, *parameters.others]
+        leaves, hides = leaves_beside(losses, inside)
+        if hides:
             return None
         if keep_outside:
-            leaves = [leaf for leaf in leaves if id(leaf) in inside]
+            known = set(map(id, inside))
+            leaves = [leaf for leaf in leaves if id(leaf) in known]
         plain = [leaf for leaf in leaves if id(leaf) not in weighted_ids]
         weighted = [leaf for leaf in leaves if id(leaf) in weighted_ids]
         return weighted_passes(losses, list(self.weights), weighted if plain or keep_outside else None, plain)

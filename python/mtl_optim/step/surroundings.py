@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..capture.grads import Isolation, same_tensors
-from ..capture.graph import reached_leaves, split_compiled_graph
+from ..capture.graph import leaves_beside, reached_leaves, split_compiled_graph
 from .losses import reaches_nothing
 from .parameters import Parameters
 
@@ -37,9 +37,8 @@ class Kept:
 
     def __init__(self, losses: Sequence[Tensor], parameters: Parameters) -> None:
         inside = [*parameters.managed, *parameters.others]
-        leaves, hides = reached_leaves(losses)
+        leaves, hides = leaves_beside(losses, inside)
         known = set(map(id, inside))
-        hides = hides and not known <= set(map(id, leaves))
         self.inputs: list[Tensor] | None = None if hides else inside
         self._isolation = Isolation([leaf for leaf in leaves if id(leaf) not in known] if hides else [], [])
 

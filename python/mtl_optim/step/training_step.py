@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -298,8 +299,7 @@ class TrainingStep:
         if self.pending.rows:
             self.combine()
         # GradScaler does not call step() when it skips one: then only the gradients tell that they were dealt with.
-        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
-        if not (self.progress.has_gradient and any(p.grad is not None for group in groups for p in group["params"])):
+        if not (self.progress.has_gradient and any(p.grad is not None for p in self._every_parameter())):
             own = self._ranks.several and not self._ranks.hides
             raise RuntimeError(
                 "step() with no task captured since the last step or zero_grad(); call opt.backward([...]) or use "
@@ -324,11 +324,13 @@ class TrainingStep:
 
     def parameters(self) -> Parameters:
         """Those of the param groups, as they are now."""
-        return self._selection([group for optimizer in self._optimizers for group in optimizer.param_groups])
+        return self._selection(self._groups())
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     def _every_parameter(self) -> list[Tensor]:
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        return [param for group in groups for param in group["params"]]
+        return [param for group in self._groups() for param in group["params"]]
 
     def tasks_with(self, names: Sequence[str] | Mapping[str, Tensor]) -> tuple[str, ...]:
         """The known task names and those of ``names`` that are new."""
@@ -367,12 +369,11 @@ def _combined_elsewhere(step: TrainingStep) -> list[Tensor]:
     others = [other for other in _ALIVE if other is not step and other._open is None]
     if not others:
         return []
-    own = {id(p) for optimizer in step._optimizers for group in optimizer.param_groups for p in group["params"]}
+    own = set(map(id, step._every_parameter()))
     return [
         param
         for other in others
-        for optimizer in other._optimizers
-        for group in optimizer.param_groups
+        for group in other._groups()
         if group.get("mtl", True)
         for param in group["params"]
         if id(param) not in own
